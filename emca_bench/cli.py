@@ -1,0 +1,280 @@
+"""The command line. Exit codes: 0 done, 1 a cell failed or a check did not hold, 2 input that cannot be used, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emca_bench.errors import UsageError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from emca_bench.specs import Study
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+DEFAULT_RUNS = Path("reports/local")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.verb(arguments, argv)
+    except UsageError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        return _complain(f"cannot write {error.filename or 'to the output folder'}: {error.strerror}; what was measured before is kept")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and flags; a test freezes them."""
+    parser = argparse.ArgumentParser(
+        prog="emca-bench", description="Benchmark and ablations of efficient masked cross-attention (EMCA) in Mask2Former."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=function)
+        return sub
+
+    sub = verb("ls", list_names, "list what can be named: studies, attentions, models, datasets, parameters")
+    sub.add_argument("what", nargs="?", default="all", choices=["all", *LISTINGS])
+    sub = verb("validate", validate, "check study files without measuring")
+    sub.add_argument("study", nargs="+", help="name in ablations/ or path of a TOML file")
+    sub = verb("plan", plan, "show what a run would measure and what its folder already holds")
+    _add_study_arguments(sub)
+    sub = verb("run", run, "measure a study, or resume it, and write its report")
+    _add_study_arguments(sub)
+    sub.add_argument("--threads", type=int, help="threads of torch, all cores by default")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub = verb("report", report, "render the report of a run folder")
+    sub.add_argument("run", type=Path, help="run folder")
+    sub.add_argument("--out", type=Path, help="folder of the report, the run folder by default")
+    sub.add_argument("--readme", type=Path, help="update the generated blocks of this Markdown file too")
+    sub.add_argument("--check", action="store_true", help="write nothing; exit 1 if files on disk differ from what would be rendered")
+    sub = verb("compare", compare, "compare the latencies of two runs cell by cell")
+    sub.add_argument("runs", type=Path, nargs=2, metavar="RUN")
+    sub = verb("env", environment, "show the environment that a measurement would record")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    return parser
+
+
+def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", help="name in ablations/ or path of a TOML file")
+    parser.add_argument("--quick", action="store_true", help="the study's [quick] table: every path in minutes, no verdicts")
+    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="only cells with this arm or parameter")
+    parser.add_argument("--out", type=Path, help=f"run folder, {DEFAULT_RUNS}/STUDY by default")
+
+
+def _complain(message: str) -> int:
+    print(f"emca-bench: {message}", file=sys.stderr)
+    return USAGE
+
+
+def _load(arguments: argparse.Namespace) -> tuple[list[Study], list[Study], Path]:
+    """The studies to measure now, the whole studies, and the run folder."""
+    from emca_bench.specs import find_study, load_studies
+
+    path = find_study(arguments.study)
+    whole = load_studies(path, quick=arguments.quick)
+    conditions = {}
+    for condition in arguments.only:
+        name, equals, value = condition.partition("=")
+        if not equals:
+            raise UsageError(f"--only {condition!r} is not of the form KEY=VALUE")
+        conditions[name] = value
+    part = [study.only(conditions) for study in whole]
+    quick = "-quick" if arguments.quick else ""
+    return part, whole, arguments.out or DEFAULT_RUNS / f"{path.stem}{quick}"
+
+
+def _list_studies() -> list[tuple[str, str]]:
+    from emca_bench.specs import load_studies, study_folders
+
+    paths = {path.stem: path for folder in reversed(study_folders()) for path in folder.glob("*.toml")}
+    rows = []
+    for name, path in sorted(paths.items()):
+        studies = load_studies(path)
+        rows.append((name, studies[0].question if len(studies) == 1 else "all of " + ", ".join(study.name for study in studies)))
+    return rows
+
+
+def _list_attentions() -> list[tuple[str, str]]:
+    from emca_bench.models import ATTENTIONS
+
+    return [(name, _first_line(ATTENTIONS[name])) for name in ATTENTIONS]
+
+
+def _list_models() -> list[tuple[str, str]]:
+    from emca_bench.models import MODELS
+
+    return [(name, _first_line(MODELS[name])) for name in MODELS]
+
+
+def _list_datasets() -> list[tuple[str, str]]:
+    from emca_bench.data import DATASETS
+
+    return [(name, _first_line(DATASETS[name])) for name in DATASETS]
+
+
+def _list_parameters() -> list[tuple[str, str]]:
+    from emca_bench.specs import PARAMETERS
+
+    return [(name, f"{kind.__name__}: {meaning}") for name, (kind, meaning) in PARAMETERS.items()]
+
+
+LISTINGS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "studies": _list_studies,
+    "attentions": _list_attentions,
+    "models": _list_models,
+    "datasets": _list_datasets,
+    "parameters": _list_parameters,
+}
+
+
+def _first_line(target: object) -> str:
+    return (target.__doc__ or "").strip().split("\n")[0]
+
+
+def list_names(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench ls`."""
+    for what, entries in LISTINGS.items():
+        if arguments.what in ("all", what):
+            print(f"{what}:")
+            for name, text in entries():
+                print(f"  {name:22} {text}")
+    return OK
+
+
+def validate(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench validate`."""
+    from emca_bench.specs import find_study, load_studies
+
+    for name in arguments.study:
+        path = find_study(name)
+        for quick in (False, True):
+            for study in load_studies(path, quick=quick):
+                _check_names(study)
+                print(f"{path}: {study.name}{' (quick)' if study.quick else ''}: {len(study.cells())} cells, {', '.join(study.measures)}")
+    return OK
+
+
+def _check_names(study: Study) -> None:
+    from emca_bench.data import DATASETS
+    from emca_bench.measure.subjects import check_arm
+
+    checked = set()
+    for cell in study.cells():
+        names = (cell.arm.name, cell.params.get("model"), cell.params["scope"])
+        if names not in checked:
+            checked.add(names)
+            check_arm(cell.arm, cell.params)
+        if "dataset" in cell.params and cell.params["dataset"] not in DATASETS:
+            name = str(cell.params["dataset"])
+            raise UsageError(f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; known: {listing(DATASETS)}")
+
+
+def plan(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench plan`."""
+    from emca_bench.progress import clock
+    from emca_bench.records import read_records
+    from emca_bench.runner import RECORDS, finished_slots, on_device
+    from emca_bench.runner import plan as plan_tasks
+
+    part, _, folder = _load(arguments)
+    records = read_records(folder / RECORDS)
+    done = {slot[1:] for slot in finished_slots(records)}
+    seconds = {record.key: record.duration_s for record in records}
+    tasks = plan_tasks(on_device(part, "cpu"))
+    todo = [task for task in tasks if (task.key, task.round) not in done]
+    known = [seconds[task.key] for task in todo if task.key in seconds]
+    for cell, measure in dict.fromkeys((task.cell.label(), task.measure) for task in tasks):
+        print(f"{measure:9} {cell}")
+    estimate = (
+        clock(sum(known)) if len(known) == len(todo) else f"at least {clock(sum(known))}" if known else "unknown before the first run"
+    )
+    print(f"{len(tasks)} measurements, {len(tasks) - len(todo)} done in {folder}, {len(todo)} to do; time: {estimate}")
+    return OK
+
+
+def run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench run`."""
+    from emca_bench import runner
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads {arguments.threads}: expected at least 1")
+    part, whole, folder = _load(arguments)
+    command = shlex.join(["emca-bench", *argv])
+    try:
+        outcome = runner.run(part, folder, whole=whole, threads=arguments.threads, device=arguments.device, command=_portable(arguments))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; every finished measurement is in {folder}. To resume: {command}", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        f"measured {outcome.measured}, already there {outcome.skipped}, impossible {outcome.impossible}, failed {outcome.failed}",
+        file=sys.stderr,
+    )
+    _render(folder, folder)
+    return FAILED if outcome.failed else OK
+
+
+def _portable(arguments: argparse.Namespace) -> str:
+    """The command for the record: without paths of this machine."""
+    words = ["emca-bench", "run", Path(arguments.study).stem, *(["--quick"] if arguments.quick else [])]
+    if arguments.threads:
+        words += ["--threads", str(arguments.threads)]
+    if arguments.device != "cpu":
+        words += ["--device", arguments.device]
+    return " ".join(words)
+
+
+def _render(folder: Path, out: Path) -> None:
+    from emca_bench.report.build import render
+
+    rendered = render(folder, out)
+    print(f"report: {rendered.markdown_path}\nreport: {rendered.html_path}")
+
+
+def report(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench report`."""
+    from emca_bench.report.check import stale_files
+    from emca_bench.report.readme import update_readme
+
+    out = arguments.out or arguments.run
+    if arguments.check:
+        stale = stale_files(arguments.run, out, readme=arguments.readme)
+        for path in stale:
+            print(f"differs from what would be rendered: {path}")
+        return FAILED if stale else OK
+    _render(arguments.run, out)
+    if arguments.readme:
+        update_readme(arguments.readme, arguments.run)
+        print(f"updated: {arguments.readme}")
+    return OK
+
+
+def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench compare`."""
+    from emca_bench.report.compare import compare_runs
+
+    print(compare_runs(*arguments.runs))
+    return OK
+
+
+def environment(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench env`."""
+    import json
+
+    from emca_bench.environment import collect_environment, default_threads
+
+    print(json.dumps(collect_environment(threads=default_threads(), device=arguments.device), indent=1))
+    return OK

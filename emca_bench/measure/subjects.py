@@ -1,0 +1,173 @@
+"""What a cell measures, as something that can be called: one attention, the decoder, the model, or images to label map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emca_bench.errors import UsageError, did_you_mean, listing
+from emca_bench.inference import MASK_STRIDE, semantic
+from emca_bench.models import CrossAttention, build_attention, build_model
+from emca_bench.models.mask2former import SIZE_DIVISIBILITY
+from emca_bench.specs import Arm, parse_size
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DECODER_STRIDES = (32, 16, 8)
+
+MODEL_OVERRIDES = ("queries", "width", "layers", "mask_source", "pretrained", "frozen")
+"""Parameters of a study that go to `build_model` as they are."""
+
+
+class ImpossibleError(Exception):
+    """This cell cannot be measured here, and that is the answer: no such device, more prototypes than pixels."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module with its inputs.
+
+    Attributes:
+        module: what holds the parameters.
+        call: one measured call.
+        pixels_of_call: pixels of the feature level of each cross-attention call, in order.
+        queries: Q.
+        batch: images per call.
+    """
+
+    module: nn.Module
+    call: Callable[[], Any]
+    pixels_of_call: tuple[int, ...]
+    queries: int
+    batch: int
+
+    def cross_attentions(self) -> list[CrossAttention]:
+        """The cross-attentions, in the order in which they are called."""
+        return [module for module in self.module.modules() if isinstance(module, CrossAttention)]
+
+
+def build_subject(arm: Arm, params: Mapping[str, Any], *, seed: int, device: str | None = None) -> Subject:
+    """The subject of a cell, in evaluation mode, with random inputs that are the same for all arms.
+
+    Args:
+        arm: the contender.
+        params: the cell's parameters.
+        seed: of weights and inputs.
+        device: overrides the cell's, "meta" to count.
+
+    Raises:
+        ImpossibleError: no such device.
+        UsageError: an unknown name or a value that does not fit.
+    """
+    wanted = params.get("device", "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ImpossibleError("no CUDA device")
+    if params.get("dtype", "float32") not in DTYPES:
+        raise UsageError(f"unknown dtype {params['dtype']!r}{did_you_mean(params['dtype'], DTYPES)}; known: {listing(DTYPES)}")
+    maker = _Maker(dtype=DTYPES[params.get("dtype", "float32")], device=device or wanted, seed=seed)
+    if params["scope"] == "attention":
+        return _attention_subject(arm, params, maker)
+    return _model_subject(arm, params, maker)
+
+
+@dataclass
+class _Maker:
+    """Makes weights and inputs, seeded, of one dtype on one device."""
+
+    dtype: torch.dtype
+    device: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+
+def _attention_subject(arm: Arm, params: Mapping[str, Any], maker: _Maker) -> Subject:
+    shape = parse_size(str(params["pixels"]), what="parameter 'pixels'")
+    pixels, batch, queries, width = shape[0] * shape[1], int(params["batch"]), int(params["queries"]), int(params["width"])
+    torch.manual_seed(maker.seed)
+    module = maker.place(build_attention(arm.attention, width=width, **dict[str, Any](arm.switches)))
+    if getattr(module, "prototypes", 1) > pixels:
+        raise ImpossibleError(f"K={module.prototypes} prototypes from P={pixels} pixels")
+    inputs = maker.normal(batch, queries, width), maker.normal(1, queries, width)
+    level = maker.normal(batch, pixels, width), maker.normal(1, pixels, width)
+    if maker.device == "meta":
+        allowed = torch.empty(batch, queries, pixels, dtype=torch.bool, device="meta")
+    else:
+        share = float(params.get("allowed", 1.0))
+        allowed = (torch.rand(batch, queries, pixels, generator=maker.generator) < share).to(maker.device)
+
+    def call() -> Tensor:
+        return module(*inputs, *level, allowed, shape=shape)
+
+    return Subject(module, call, (pixels,), queries, batch)
+
+
+def model_overrides(arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell changes in its model."""
+    overrides = {name: params[name] for name in MODEL_OVERRIDES if name in params}
+    return {**overrides, "attention": arm.attention, "attention_switches": dict(arm.switches)}
+
+
+def _model_subject(arm: Arm, params: Mapping[str, Any], maker: _Maker) -> Subject:
+    height, width = parse_size(str(params["image_size"]), what="parameter 'image_size'")
+    batch = int(params["batch"])
+    torch.manual_seed(maker.seed)
+    overrides = model_overrides(arm, params)
+    model = build_model(str(params["model"]), num_classes=int(params["classes"]), **overrides)
+    predictor = model.sem_seg_head.predictor
+    padded = [size + -size % SIZE_DIVISIBILITY for size in (height, width)]
+    levels = [(padded[0] // stride, padded[1] // stride) for stride in DECODER_STRIDES]
+    pixels = tuple(levels[index % 3][0] * levels[index % 3][1] for index in range(len(predictor.transformer_cross_attention_layers)))
+    queries = predictor.query_feat.num_embeddings
+
+    call: Callable[[], Any]
+    if params["scope"] == "decoder":
+        module = maker.place(predictor)
+        stride4 = maker.normal(batch, predictor.width, padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE)
+        pyramid = [maker.normal(batch, predictor.width, *level) for level in levels]
+
+        def call() -> Any:
+            return module(stride4, pyramid, image_size=(height, width))
+    else:
+        module = maker.place(model)
+        images = maker.normal(batch, 3, height, width).mul_(50).add_(128)
+        if params["scope"] == "model":
+
+            def call() -> Any:
+                return module(images)
+        else:
+
+            def call() -> Any:
+                return semantic(module(images), (height, width))
+
+    return Subject(module, call, pixels, queries, batch)
+
+
+def check_arm(arm: Arm, params: Mapping[str, Any]) -> None:
+    """Complain about unknown names, switches and values before anything is measured.
+
+    Raises:
+        UsageError: naming what is wrong.
+    """
+    with torch.device("meta"):
+        if params["scope"] == "attention":
+            build_attention(arm.attention, width=int(params["width"]), **dict[str, Any](arm.switches))
+        else:
+            overrides = model_overrides(arm, params)
+            if "pretrained" in overrides:
+                # nothing to load onto the meta device
+                overrides["pretrained"] = False
+            build_model(str(params["model"]), num_classes=2, **overrides)

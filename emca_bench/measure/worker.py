@@ -1,0 +1,143 @@
+"""The process that measures: requests come in as JSON lines on standard input, answers go out as JSON lines.
+
+It is a process of its own so that the progress display never runs inside a timed region, and so that a crash costs one cell. Run as
+`python -m emca_bench.measure.worker THREADS DEVICE`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from emca_kernels.backends import record_backends
+
+from emca_bench.data import open_dataset
+from emca_bench.environment import collect_environment
+from emca_bench.errors import UsageError
+from emca_bench.measure.accuracy import measure_accuracy
+from emca_bench.measure.flops import count_macs
+from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
+from emca_bench.measure.memory import peak_memory_bytes
+from emca_bench.measure.subjects import ImpossibleError, Subject, build_subject, check_arm
+from emca_bench.specs import Arm, Settings, canonical_json
+
+PROGRESS_SECONDS = 0.5
+"""Least time between two progress messages."""
+
+Answer = Callable[[dict[str, Any]], None]
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    threads, device = int(sys.argv[1]), sys.argv[2]
+    # libraries that print must not break the protocol
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    torch.set_num_threads(threads)
+
+    def answer(message: dict[str, Any]) -> None:
+        out.write(canonical_json(message) + "\n")
+        out.flush()
+
+    try:
+        serve(sys.stdin, answer, threads=threads, device=device)
+    except BrokenPipeError:
+        # the parent is gone, nobody waits for an answer
+        os._exit(1)
+
+
+def serve(requests: IO[str], answer: Answer, *, threads: int, device: str) -> None:
+    """Answer each request with progress messages and one result or error."""
+    if device == "cuda" and not torch.cuda.is_available():
+        answer({"kind": "usage", "message": "device cuda was asked for, but torch finds no CUDA device; expected --device cpu here"})
+        return
+    answer({"kind": "ready", **collect_environment(threads=threads, device=device)})
+    for line in requests:
+        request = json.loads(line)
+        started = time.perf_counter()
+        try:
+            result = HANDLERS[request["do"]](request, answer)
+            answer({"kind": "result", "status": "ok", "duration_s": time.perf_counter() - started, **result})
+        except ImpossibleError as error:
+            answer({"kind": "result", "status": "impossible", "reason": str(error), "duration_s": time.perf_counter() - started})
+        except UsageError as error:
+            answer({"kind": "usage", "message": str(error)})
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            answer({"kind": "result", "status": "failed", "reason": reason, "duration_s": time.perf_counter() - started})
+
+
+def _check(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    arm, params = Arm(**request["arm"]), request["params"]
+    check_arm(arm, params)
+    if "dataset" in params:
+        for split in ("train", "test"):
+            open_dataset(str(params["dataset"]), split)
+    return {}
+
+
+def _macs(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    return {"values": count_macs(Arm(**request["arm"]), request["params"])}
+
+
+def _latency(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    settings = Settings(**request["settings"])
+    timer = cuda_timer if request["params"].get("device", "cpu") == "cuda" else cpu_timer
+    subject = _subject(request, settings)
+    with torch.inference_mode(), record_backends() as backends:
+        subject.call()
+    samples = sample_latency(subject.call, settings, timer=timer)
+    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": {"backends": backends}}
+
+
+def _memory(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    subject = _subject(request, Settings(**request["settings"]))
+    return {"values": {"peak_memory_bytes": peak_memory_bytes(subject.call, device=str(request["params"].get("device", "cpu")))}}
+
+
+def _accuracy(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    last = 0.0
+
+    def on_progress(done: int, total: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_SECONDS or done == total:
+            last = now
+            answer({"kind": "progress", "done": done, "total": total, "text": text})
+
+    return measure_accuracy(
+        Arm(**request["arm"]), request["params"], key=request["key"], artifacts=Path(request["artifacts"]), on_progress=on_progress
+    )
+
+
+def _subject(request: Mapping[str, Any], settings: Settings) -> Subject:
+    return _cached_subject(canonical_json(request["arm"]), canonical_json(request["params"]), settings.seed)
+
+
+# a study's subjects stay built over its rounds; the largest, R50 at 1024x2048, takes 0.6 GiB
+@lru_cache(maxsize=64)
+def _cached_subject(arm: str, params: str, seed: int) -> Subject:
+    return build_subject(Arm(**json.loads(arm)), json.loads(params), seed=seed)
+
+
+HANDLERS: dict[str, Callable[[Mapping[str, Any], Answer], dict[str, Any]]] = {
+    "check": _check,
+    "macs": _macs,
+    "latency": _latency,
+    "memory": _memory,
+    "accuracy": _accuracy,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""EMCA and its family: a prototype per query, then element-wise attention. Every switch of the definition, one module.
+
+Source: Weerakoon & Thayasivam, Rethinking Mask2Former for Efficient Semantic Segmentation, 2025 (no code published); Cavagnero et
+al., PEM, CVPR 2024, for `pem_ca`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from emca_kernels import attend_prototypes, pool_prototypes, select_prototypes
+from emca_kernels.attend_prototypes.op import NORM_AXES
+from emca_kernels.select_prototypes.reference import allow_everywhere_if_empty
+from torch import Tensor, nn
+
+from emca_bench.errors import UsageError, did_you_mean
+from emca_bench.models.attention.base import ATTENTIONS, CrossAttention, with_position
+
+SELECTIONS = ("argmax", "topk_mean", "topk_softmax", "random", "mean", "softmax")
+RESIDUALS = ("projected", "raw")
+EMPTY_MASKS = ("everywhere", "first_pixel")
+QUERY_INITS = ("xavier", "identity")
+
+
+class Chosen(NamedTuple):
+    """Prototypes per query and head as weighted pixels."""
+
+    indices_BQMK: Tensor
+    weights_BQMK: Tensor
+
+
+class LocalConv(nn.Module):
+    """Batch norm and a depth-wise 3x3 convolution on the feature map, in front of the keys (PEM)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, features_BPC: Tensor, shape: tuple[int, int]) -> Tensor:
+        """[B, P, C] to [B, P, C] on a map of the given (h, w)."""
+        return self.conv(self.norm(features_BPC.mT.unflatten(-1, shape))).flatten(2).mT
+
+
+class EMCA(CrossAttention):
+    """Efficient masked cross-attention (SPEC section 1).
+
+    Gradients flow through the gathered rows only; none through scores, choice or mask. `selection="softmax"` is the member of the
+    family whose selection is trained.
+
+    Args:
+        width: model width C, and key width D.
+        heads: each head chooses its own pixel; the slices are concatenated.
+        prototypes: K pixels per query and head, 1 <= K <= P. Only for argmax (K = 1), topk_* and random.
+        selection: "argmax"; "topk_mean" and "topk_softmax" average the K best; "random" takes random allowed pixels; "mean" and
+            "softmax" weigh all allowed pixels (mask pooling, soft prototypes with a learnable temperature).
+        normalize_keys: 2-norm of keys and queries over all D, before the heads are split.
+        local_conv: batch norm and depth-wise 3x3 convolution on the features.
+        query_norm: LayerNorm in front of W_Q.
+        norm_axis: "row" or "queries", see `emca_kernels.attend_prototypes`.
+        residual: "projected" adds the projected query, "raw" the query as it came, without its position.
+        positions: whether positional embeddings are added to features and queries.
+        empty_mask: "everywhere" per query, as Mask2Former; "first_pixel" is PEM's: pixel 0 unless all queries of the image are empty.
+        folded: score raw features with folded queries (exact rewrite R1). None folds where that is cheaper and possible.
+        query_init: "xavier", or "identity" so that a projected residual starts as the raw one.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        prototypes: int = 1,
+        selection: str = "argmax",
+        normalize_keys: bool = False,
+        local_conv: bool = False,
+        query_norm: bool = False,
+        norm_axis: str = "row",
+        residual: str = "projected",
+        positions: bool = True,
+        empty_mask: str = "everywhere",
+        folded: bool | None = None,
+        query_init: str = "xavier",
+    ) -> None:
+        super().__init__()
+        for switch, found, known in (
+            ("selection", selection, SELECTIONS),
+            ("norm_axis", norm_axis, NORM_AXES),
+            ("residual", residual, RESIDUALS),
+            ("empty_mask", empty_mask, EMPTY_MASKS),
+            ("query_init", query_init, QUERY_INITS),
+        ):
+            if found not in known:
+                raise UsageError(f"{switch}={found!r}{did_you_mean(str(found), known)}; expected one of {', '.join(known)}")
+        if heads < 1 or width % heads:
+            raise UsageError(f"heads={heads} must divide the model width {width}")
+        if prototypes < 1 or (prototypes > 1 and selection in ("argmax", "mean", "softmax")):
+            raise UsageError(f"prototypes={prototypes} with selection={selection!r}: expected 1, or topk_mean, topk_softmax or random")
+        if empty_mask == "first_pixel" and selection in ("mean", "softmax"):
+            raise UsageError(f"empty_mask='first_pixel' with selection={selection!r}: expected everywhere, a pool has no first pixel")
+        if folded and normalize_keys:
+            raise UsageError("folded=true needs normalize_keys=false: a norm per key cannot be folded into the query")
+        self.width, self.heads, self.prototypes, self.selection = width, heads, prototypes, selection
+        self.normalize_keys, self.norm_axis, self.residual = normalize_keys, norm_axis, residual
+        self.positions, self.empty_mask = positions, empty_mask
+        self.folded = folded
+        self.local_conv = LocalConv(width) if local_conv else None
+        self.query_norm = nn.LayerNorm(width) if query_norm else None
+        self.key_projection = nn.Linear(width, width)
+        self.query_projection = nn.Linear(width, width)
+        self.product_projection = nn.Linear(width, width)
+        self.out_projection = nn.Linear(width, width)
+        self.alpha = nn.Parameter(torch.ones(width))
+        if selection == "softmax":
+            self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(width // heads)))
+        self._reset_parameters(query_init)
+
+    def _reset_parameters(self, query_init: str) -> None:
+        for projection in (self.key_projection, self.query_projection, self.product_projection, self.out_projection):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        if query_init == "identity":
+            nn.init.eye_(self.query_projection.weight)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_pos: Tensor | None,
+        features: Tensor,
+        feature_pos: Tensor | None,
+        allowed: Tensor | None,
+        *,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        """See `CrossAttention.forward`."""
+        located = with_position(queries, query_pos) if self.positions else queries
+        source_BPC = with_position(features, feature_pos) if self.positions else features
+        if self.local_conv is not None:
+            source_BPC = self.local_conv(source_BPC, shape)
+        projected_BQD = self.query_projection(located if self.query_norm is None else self.query_norm(located))
+        compared_BQD = F.normalize(projected_BQD, dim=-1) if self.normalize_keys else projected_BQD
+
+        if self._folds(queries.shape[1]):
+            prototypes_BQD = self._prototypes_folded(source_BPC, compared_BQD, allowed)
+        else:
+            prototypes_BQD = self._prototypes_from_keys(self.keys(source_BPC), compared_BQD, allowed)
+        update = attend_prototypes(
+            prototypes_BQD,
+            compared_BQD,
+            self.product_projection.weight,
+            self.product_projection.bias,
+            self.alpha,
+            self.out_projection.weight,
+            self.out_projection.bias,
+            norm_axis=self.norm_axis,
+        )
+        return update + (projected_BQD if self.residual == "projected" else queries)
+
+    def keys(self, source_BPC: Tensor) -> Tensor:
+        """Projected and, where the switch says so, normalised keys [B, P, D]."""
+        keys_BPD = self.key_projection(source_BPC)
+        return F.normalize(keys_BPD, dim=-1) if self.normalize_keys else keys_BPD
+
+    def _folds(self, queries: int) -> bool:
+        if self.folded is not None:
+            return self.folded
+        passes = 2 if self.selection == "softmax" else 1
+        return not self.normalize_keys and passes * self.heads * queries < self.width + passes * queries
+
+    def _prototypes_from_keys(self, keys_BPD: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
+        if self.selection == "mean":
+            return pool_prototypes(keys_BPD, None, _mask_or_full(allowed, keys_BPD, queries_BQD)).flatten(2)
+        if self.selection == "softmax":
+            return pool_prototypes(keys_BPD, queries_BQD * self.log_scale.exp(), allowed, heads=self.heads).flatten(2)
+        chosen = self._choose(keys_BPD, queries_BQD, allowed, heads=self.heads)
+        keys_BMPd = keys_BPD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return _gather_mean(keys_BMPd, chosen).flatten(2)
+
+    def _prototypes_folded(self, source_BPC: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
+        """The same prototypes from raw features: with queries folded per head, rows are projected after they are gathered."""
+        if self.selection == "mean":
+            pooled_BQC = pool_prototypes(source_BPC, None, _mask_or_full(allowed, source_BPC, queries_BQD)).flatten(2)
+            return self.key_projection(pooled_BQC)
+        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
+        folded_BQMC = torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
+        per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1) if self.heads > 1 else allowed
+        if self.selection == "softmax":
+            rows_BQMC = pool_prototypes(source_BPC, folded_BQMC.flatten(1, 2) * self.log_scale.exp(), per_head).view_as(folded_BQMC)
+        else:
+            chosen = self._choose(source_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1)
+            chosen = Chosen(*(part.flatten(1, 2).unflatten(1, folded_BQMC.shape[1:3]) for part in chosen))
+            rows_BQMC = _gather_mean(source_BPC[:, None], chosen)
+        return torch.einsum("bqmc,mdc->bqmd", rows_BQMC, weight_MdC).flatten(2) + self.key_projection.bias
+
+    @torch.no_grad()
+    def _choose(self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int) -> Chosen:
+        if self.selection == "random":
+            # the best allowed pixels of pure noise are random allowed pixels; a half-precision draw has too many ties, and the first win
+            noise = torch.rand(*queries.shape[:2], heads, features.shape[1], dtype=torch.float32, device=features.device)
+            open_BQP = allow_everywhere_if_empty(_mask_or_full(allowed, features, queries))
+            scores, indices = noise.masked_fill(~open_BQP[:, :, None], -torch.inf).topk(self.prototypes, dim=-1)
+        else:
+            indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads)
+        if self.empty_mask == "first_pixel" and allowed is not None:
+            indices = _first_pixel_if_empty(indices, allowed)
+        return Chosen(indices, self._weights(scores))
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        if self.prototypes == 1:
+            return scores.new_ones(()).expand_as(scores)
+        if self.selection == "topk_softmax":
+            return (scores / math.sqrt(self.width // self.heads)).softmax(-1)
+        filled = (scores > -torch.inf).to(scores.dtype)
+        return filled / filled.sum(-1, keepdim=True)
+
+    def macs(self, *, pixels: int, queries: int) -> int:
+        """Keys or folded queries, scores, pooling and the local convolution; the projections of the queries and prototypes."""
+        width, heads = self.width, self.heads
+        folds = self._folds(queries)
+        scored = {"mean": 1, "softmax": 2, "random": 0}.get(self.selection, 1)
+        over_heads = heads if folds and self.selection != "mean" else 1
+        per_pixel = scored * over_heads * queries * width
+        if not folds:
+            per_pixel += width * width
+        if self.local_conv is not None:
+            per_pixel += 9 * width
+        projections = 3
+        if folds:
+            projections += 1 if self.selection == "mean" else 2
+        return pixels * per_pixel + projections * queries * width * width
+
+
+def _mask_or_full(allowed: Tensor | None, features: Tensor, queries: Tensor) -> Tensor:
+    if allowed is not None:
+        return allowed
+    return torch.ones((), dtype=torch.bool, device=features.device).expand(*queries.shape[:2], features.shape[1])
+
+
+def _first_pixel_if_empty(indices_BQMK: Tensor, allowed_BQP: Tensor) -> Tensor:
+    """PEM's rule: the reset to "everywhere" fires only where every query of the image is empty."""
+    empty_BQ = ~allowed_BQP.any(-1)
+    defect_BQ = empty_BQ & ~empty_BQ.all(-1, keepdim=True)
+    return indices_BQMK.masked_fill(defect_BQ[..., None, None], 0)
+
+
+def _gather_mean(rows_BMPd: Tensor, chosen: Chosen) -> Tensor:
+    """Weighted mean of the chosen rows, [B, Q, M, d]. A source with one head serves all heads."""
+    indices_BQMK, weights_BQMK = chosen
+    batch, queries, heads, kept = indices_BQMK.shape
+    if rows_BMPd.shape[1] == 1:
+        flat = indices_BQMK.reshape(batch, -1)
+        gathered = rows_BMPd[:, 0].gather(1, flat[..., None].expand(-1, -1, rows_BMPd.shape[-1]))
+        gathered_BQMKd = gathered.view(batch, queries, heads, kept, -1)
+    else:
+        flat = indices_BQMK.transpose(1, 2).reshape(batch, heads, -1)
+        gathered = rows_BMPd.gather(2, flat[..., None].expand(-1, -1, -1, rows_BMPd.shape[-1]))
+        gathered_BQMKd = gathered.view(batch, heads, queries, kept, -1).transpose(1, 2)
+    if kept == 1:
+        return gathered_BQMKd[..., 0, :]
+    return (gathered_BQMKd * weights_BQMK[..., None].to(gathered_BQMKd.dtype)).sum(-2)
+
+
+@ATTENTIONS.register("emca")
+def emca(
+    *,
+    width: int,
+    heads: int = 1,
+    prototypes: int = 1,
+    selection: str = "argmax",
+    normalize_keys: bool = False,
+    local_conv: bool = False,
+    query_norm: bool = False,
+    norm_axis: str = "row",
+    residual: str = "projected",
+    positions: bool = True,
+    empty_mask: str = "everywhere",
+    folded: bool | None = None,
+    query_init: str = "xavier",
+) -> EMCA:
+    """EMCA as the paper states it."""
+    return EMCA(**locals())
+
+
+@ATTENTIONS.register("pem_ca")
+def pem_ca(
+    *,
+    width: int,
+    heads: int = 8,
+    norm_axis: str = "queries",
+    residual: str = "raw",
+    empty_mask: str = "first_pixel",
+    local_conv: bool = True,
+) -> EMCA:
+    """PEM-CA as PEM's code has it, its query-coupling norm and its empty-mask rule included."""
+    return EMCA(**locals(), normalize_keys=True, query_norm=True)
+
+
+@ATTENTIONS.register("emca_soft")
+def emca_soft(*, width: int, heads: int = 1, residual: str = "raw", folded: bool | None = None, positions: bool = True) -> EMCA:
+    """Soft prototypes: one trainable softmax over the allowed pixels, keys and values folded (R6), EMCA's element-wise tail."""
+    return EMCA(**locals(), selection="softmax")
+
+
+@ATTENTIONS.register("mask_pooling")
+def mask_pooling(*, width: int, heads: int = 1, residual: str = "projected", folded: bool | None = None, positions: bool = True) -> EMCA:
+    """The control: the mean of the allowed pixels instead of a search, all else as in EMCA."""
+    return EMCA(**locals(), selection="mean")

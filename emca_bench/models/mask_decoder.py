@@ -1,0 +1,201 @@
+"""Mask2Former's transformer decoder with a pluggable cross-attention, under the original's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emca_bench.errors import UsageError, did_you_mean
+from emca_bench.models.attention import CrossAttention
+from emca_bench.models.pixel_decoders.layers import upsample_to
+from emca_bench.models.position import sine_position
+from emca_bench.models.predictions import Predictions
+
+MASK_SOURCES = ("logits", "features")
+
+
+class SelfAttentionLayer(nn.Module):
+    """Queries among themselves; post-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
+        """[B, Q, C] to the same shape."""
+        located = queries + query_pos
+        return self.norm(queries + self.self_attn(located, located, queries, need_weights=False)[0])
+
+
+class CrossAttentionLayer(nn.Module):
+    """Queries look at one feature level through the attention under study; post-norm.
+
+    The attention is the child `multihead_attn`, whatever it is: the original's name, so that its checkpoints load.
+    """
+
+    def __init__(self, width: int, attention: CrossAttention) -> None:
+        super().__init__()
+        self.multihead_attn = attention
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, queries: Tensor, query_pos: Tensor, features: Tensor, feature_pos: Tensor, allowed: Tensor, *, shape: tuple[int, int]
+    ) -> Tensor:
+        """[B, Q, C] to the same shape; see `CrossAttention.forward`."""
+        return self.norm(self.multihead_attn(queries, query_pos, features, feature_pos, allowed, shape=shape))
+
+
+class FFNLayer(nn.Module):
+    """Feed-forward network of each query; post-norm."""
+
+    def __init__(self, width: int, feedforward: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, feedforward)
+        self.linear2 = nn.Linear(feedforward, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """[B, Q, C] to the same shape."""
+        return self.norm(queries + self.linear2(F.relu(self.linear1(queries))))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *, width: int, out: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, out if index == layers - 1 else width) for index in range(layers))
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """[B, Q, C] to [B, Q, out]."""
+        for layer in self.layers[:-1]:
+            queries = F.relu(layer(queries))
+        return self.layers[-1](queries)
+
+
+class Level(NamedTuple):
+    """One feature level as the layers read it."""
+
+    features_BPC: Tensor
+    position_PC: Tensor
+    shape: tuple[int, int]
+
+
+class MaskDecoder(nn.Module):
+    """Learned queries, refined by layers that attend to strides 32, 16 and 8 in turn, to a class and a mask each.
+
+    Source: Cheng et al., Mask2Former, 2022, section 3.2.
+
+    Args:
+        attention: makes the cross-attention of a layer, called once a layer.
+        width: C; also the width of mask features.
+        classes: without "no object".
+        queries: Q.
+        layers: decoder layers (the original's DEC_LAYERS counts one more).
+        heads: of the self-attention.
+        feedforward: hidden width.
+        mask_source: where attention masks come from. "logits": mask logits at stride 4, resized, as published. "features": mask
+            features resized once a level (exact rewrite R2); masks at stride 4 and classes are then computed only where they are
+            returned (R5).
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: Callable[[], CrossAttention],
+        width: int,
+        classes: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        feedforward: int,
+        mask_source: str = "logits",
+    ) -> None:
+        super().__init__()
+        if mask_source not in MASK_SOURCES:
+            raise UsageError(
+                f"mask_source={mask_source!r}{did_you_mean(mask_source, MASK_SOURCES)}; expected one of {', '.join(MASK_SOURCES)}"
+            )
+        self.mask_source = mask_source
+        self.width = width
+        self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(width, heads) for _ in range(layers))
+        self.transformer_ffn_layers = nn.ModuleList(FFNLayer(width, feedforward) for _ in range(layers))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.query_feat = nn.Embedding(queries, width)
+        self.query_embed = nn.Embedding(queries, width)
+        self.level_embed = nn.Embedding(3, width)
+        self.class_embed = nn.Linear(width, classes + 1)
+        self.mask_embed = MLP(width=width, out=width, layers=3)
+        for stack in (self.transformer_self_attention_layers, self.transformer_ffn_layers):
+            for parameter in stack.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        # last, so that all other parameters start the same whatever the attention draws
+        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(width, attention()) for _ in range(layers))
+
+    def forward(
+        self, mask_features: Tensor, pyramid: Sequence[Tensor], *, image_size: tuple[int, int], auxiliary: bool | None = None
+    ) -> Predictions:
+        """Predict from pixel features.
+
+        Args:
+            mask_features: [B, C, H / 4, W / 4].
+            pyramid: [B, C, h, w] at strides 32, 16, 8.
+            image_size: (H, W) before padding, handed through.
+            auxiliary: whether earlier predictions are returned, for deep supervision; None: in training mode.
+        """
+        auxiliary = self.training if auxiliary is None else auxiliary
+        levels = [self._level(features, embed) for features, embed in zip(pyramid, self.level_embed.weight, strict=True)]
+        resized = [upsample_to(mask_features, features) for features in pyramid] if self.mask_source == "features" else None
+        batch = mask_features.shape[0]
+        queries = self.query_feat.weight.expand(batch, -1, -1)
+        query_pos = self.query_embed.weight.expand(batch, -1, -1)
+
+        earlier = []
+        for index, (cross, among, ffn) in enumerate(
+            zip(
+                self.transformer_cross_attention_layers,
+                self.transformer_self_attention_layers,
+                self.transformer_ffn_layers,
+                strict=True,
+            )
+        ):
+            level = levels[index % len(levels)]
+            prediction = None
+            if auxiliary or resized is None:
+                prediction = self._predict(queries, mask_features, image_size)
+                earlier.append(prediction)
+            if resized is None:
+                assert prediction is not None
+                allowed = self._allowed_from_logits(prediction.mask_logits, level.shape)
+            else:
+                allowed = self._allowed_from_features(queries, resized[index % len(levels)])
+            queries = cross(queries, query_pos, level.features_BPC, level.position_PC, allowed, shape=level.shape)
+            queries = ffn(among(queries, query_pos))
+        last = self._predict(queries, mask_features, image_size)
+        return Predictions(last.class_logits, last.mask_logits, image_size, tuple(earlier) if auxiliary else ())
+
+    def _level(self, features: Tensor, embed_C: Tensor) -> Level:
+        shape = (int(features.shape[-2]), int(features.shape[-1]))
+        position = sine_position(shape, self.width, device=features.device, dtype=features.dtype)
+        return Level(features.flatten(2).mT + embed_C, position, shape)
+
+    def _predict(self, queries: Tensor, mask_features: Tensor, image_size: tuple[int, int]) -> Predictions:
+        normed = self.decoder_norm(queries)
+        mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_embed(normed), mask_features)
+        return Predictions(self.class_embed(normed), mask_logits, image_size)
+
+    @torch.no_grad()
+    def _allowed_from_logits(self, mask_logits: Tensor, shape: tuple[int, int]) -> Tensor:
+        resized = F.interpolate(mask_logits, size=shape, mode="bilinear", align_corners=False)
+        return resized.flatten(2).sigmoid() >= 0.5
+
+    @torch.no_grad()
+    def _allowed_from_features(self, queries: Tensor, resized_features: Tensor) -> Tensor:
+        embedding_BQC = self.mask_embed(self.decoder_norm(queries))
+        return embedding_BQC @ resized_features.flatten(2) >= 0

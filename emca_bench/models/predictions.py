@@ -1,0 +1,25 @@
+"""What a mask-classification model returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A class and a mask per query.
+
+    Attributes:
+        class_logits: [B, Q, classes + 1], the last one is "no object".
+        mask_logits: [B, Q, H / 4, W / 4] of the padded input.
+        image_size: (H, W) of the input before padding; masks cover it from the top left corner.
+        auxiliary: the predictions before the first and after each decoder layer but the last, for deep supervision; only where the
+            model was asked for them.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    image_size: tuple[int, int]
+    auxiliary: tuple[Predictions, ...] = field(default=())

@@ -1,0 +1,161 @@
+"""How far a run is: a bar with time to go on a terminal, plain lines elsewhere. Standard library and rich."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from statistics import fmean
+from types import TracebackType
+from typing import TextIO
+
+PLAIN_SECONDS = 5.0
+"""Least time between two plain lines within one task."""
+
+
+class Eta:
+    """Time to go, from measured tasks only: a task costs what it cost last time, else what its kind costs on average.
+
+    Args:
+        tasks: (kind, identity) of everything still to do; the same identity comes once a round.
+    """
+
+    def __init__(self, tasks: Iterable[tuple[str, Hashable]]) -> None:
+        self._todo = list(tasks)
+        self._last: dict[Hashable, float] = {}
+        self._kinds: dict[str, list[float]] = defaultdict(list)
+
+    def finished(self, kind: str, identity: Hashable, seconds: float) -> None:
+        """Note a finished task."""
+        self._todo.remove((kind, identity))
+        self._last[identity] = seconds
+        self._kinds[kind].append(seconds)
+
+    def seconds(self, *, running: tuple[str, Hashable, float, float] | None = None) -> float | None:
+        """Time to go in seconds, None as long as a kind has never been measured.
+
+        Args:
+            running: (kind, identity, seconds so far, share done) of the task under way.
+        """
+        total = 0.0
+        for kind, identity in self._todo:
+            if running is not None and running[:2] == (kind, identity) and running[3] > 0:
+                estimate = running[2] / running[3]
+                total -= running[2]
+                running = (*running[:2], estimate, 0.0)
+                total += estimate
+                continue
+            known = self._last.get(identity)
+            if known is None and self._kinds[kind]:
+                known = fmean(self._kinds[kind])
+            if known is None and running is not None and running[0] == kind and running[3] == 0.0:
+                known = running[2]
+            if known is None:
+                return None
+            total += known
+        return max(total, 0.0)
+
+
+def clock(seconds: float | None) -> str:
+    """`1:05` or `2:01:05`; `?` where unknown."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Shows the tasks of a run; never draws by itself, so that nothing runs beside a timed region.
+
+    Args:
+        tasks: (kind, identity) of each task to come.
+        stream: where to; standard error by default, so that standard output holds results alone.
+    """
+
+    def __init__(self, tasks: Iterable[tuple[str, Hashable]], *, stream: TextIO | None = None) -> None:
+        tasks = list(tasks)
+        self.total, self.done = len(tasks), 0
+        self._eta = Eta(tasks)
+        self._stream = stream or sys.stderr
+        self._display = _Bar(self.total, self._stream) if self._stream.isatty() else _Lines(self._stream)
+        self._task: tuple[str, Hashable] | None = None
+        self._label, self._started = "", 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._display.close()
+
+    def start(self, kind: str, identity: Hashable, label: str) -> None:
+        """A task begins."""
+        self._task, self._label, self._started = (kind, identity), label, time.monotonic()
+        self._display.show(self.done, self.total, label, self._eta.seconds(), force=self.done == 0)
+
+    def update(self, share: float, text: str) -> None:
+        """The task under way is done to a share of 0..1."""
+        assert self._task is not None
+        running = (*self._task, time.monotonic() - self._started, share)
+        self._display.show(self.done, self.total, f"{self._label}: {text}", self._eta.seconds(running=running))
+
+    def finish(self) -> None:
+        """The task under way is done."""
+        assert self._task is not None
+        self._eta.finished(*self._task, time.monotonic() - self._started)
+        self.done += 1
+        self._display.show(self.done, self.total, self._label, self._eta.seconds(), force=self.done == self.total)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._display.note(text)
+
+
+class _Lines:
+    """Plain lines, at most one every few seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = -PLAIN_SECONDS
+
+    def show(self, done: int, total: int, label: str, eta: float | None, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._shown >= PLAIN_SECONDS:
+            self._shown = now
+            self.note(f"[{done}/{total}] to go {clock(eta)} | {label}")
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+class _Bar:
+    """A bar of rich, drawn when told to."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._progress = Progress(
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("to go {task.fields[eta]}"),
+            TextColumn("{task.description}"),
+            console=Console(file=stream),
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, eta="?")
+        self._progress.start()
+
+    def show(self, done: int, total: int, label: str, eta: float | None, *, force: bool = False) -> None:
+        self._progress.update(self._task, completed=done, description=label, eta=clock(eta), refresh=True)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()

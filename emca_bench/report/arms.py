@@ -1,0 +1,47 @@
+"""How the contenders are called and ordered wherever a reader meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from emca_bench.specs import Arm, Study
+
+LABELS = {
+    "masked": "masked (as published)",
+    "masked_fused": "masked (fused)",
+    "masked_features": "masked (resized features)",
+    "emca_as_written": "EMCA as written",
+    "emca": "EMCA (folded)",
+    "emca_features": "EMCA (resized features)",
+    "emca_soft": "EMCA soft",
+    "mask_pooling": "mask pooling",
+    "pem_ca": "PEM-CA",
+    "none": "none",
+}
+"""Words for the arms of the standard studies, in reading order; any other arm goes by its own name."""
+
+
+def label(name: str) -> str:
+    """What figures print for an arm."""
+    return LABELS.get(name, name)
+
+
+def in_reading_order(names: Iterable[str]) -> list[str]:
+    """Known arms first, in the order of `LABELS`, then the others as they come; each once."""
+    distinct = list(dict.fromkeys(names))
+    known = [name for name in LABELS if name in distinct]
+    return known + [name for name in distinct if name not in LABELS]
+
+
+def arm_named(arms: Iterable[Arm], attention: str) -> str | None:
+    """The arm that stands for an attention: of that name, else the first that uses it, else None."""
+    using = [arm.name for arm in arms if arm.attention == attention]
+    if attention in using:
+        return attention
+    return using[0] if using else None
+
+
+def subject(study: Study) -> str | None:
+    """The arm that the study is about: EMCA, else the first arm that is no baseline."""
+    others: Sequence[str] = [arm.name for arm in study.arms if arm.name not in study.baselines and arm.attention != "none"]
+    return arm_named(study.arms, "emca") or (others[0] if others else None)

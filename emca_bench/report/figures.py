@@ -1,0 +1,519 @@
+"""Figures of the report. The only importer of seaborn and matplotlib; the same data gives the same bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.patheffects
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from emca_bench import stats
+from emca_bench.report import numbers
+from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy
+from emca_bench.report.arms import in_reading_order, label
+from emca_bench.report.counts import CountRow, component_label, components_of
+from emca_bench.report.findings import TradeOff
+from emca_bench.report.placement import Box, place
+from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing
+from emca_bench.stats import Mean
+
+DPI = 200
+WIDTH = 7.2
+"""Inches: two columns of a paper."""
+
+_LOOKS = {
+    "masked": ("#8C8C8C", "o", "-"),
+    "masked_fused": ("#1A1A1A", "s", "-"),
+    "masked_features": ("#7570B3", "p", "-."),
+    "emca_as_written": ("#E69F00", "^", "--"),
+    "emca": ("#D55E00", "D", "-"),
+    "emca_features": ("#882255", "*", "-."),
+    "emca_soft": ("#0072B2", "v", "-"),
+    "mask_pooling": ("#009E73", "P", "-"),
+    "pem_ca": ("#CC79A7", "X", "-"),
+    "none": ("#56B4E9", "h", ":"),
+}
+_SPARE_COLORS = ("#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100", "#6699CC")
+_SPARE_MARKERS = ("<", ">", "d", "8", "H")
+_COMPONENT_COLORS = {
+    "backbone": "#BBBBBB",
+    "pixel_decoder": "#DDCC77",
+    "cross_attention": "#CC3311",
+    "self_attention": "#88CCEE",
+    "ffn": "#4477AA",
+    "mask_heads": "#228833",
+    "other": "#777777",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn in every figure."""
+
+    color: str
+    marker: str
+    dash: str
+
+
+def looks(arms: Iterable[str]) -> dict[str, Look]:
+    """Colours, markers and dashes that tell arms apart, also in grey and for the colour-blind."""
+    found = {}
+    spare = 0
+    for name in in_reading_order(arms):
+        if name in _LOOKS:
+            found[name] = Look(*_LOOKS[name])
+        else:
+            found[name] = Look(_SPARE_COLORS[spare % len(_SPARE_COLORS)], _SPARE_MARKERS[spare % len(_SPARE_MARKERS)], "-.")
+            spare += 1
+    return found
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Settings under which every figure is made and saved."""
+    own: dict[str, Any] = {
+        "svg.hashsalt": "emca-bench",
+        "svg.fonttype": "path",
+        "font.family": "DejaVu Sans",
+        "font.size": 8,
+        "axes.titlesize": 8.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 8,
+        "xtick.labelsize": 7.5,
+        "ytick.labelsize": 7.5,
+        "xtick.major.pad": 2,
+        "ytick.major.pad": 2,
+        "legend.fontsize": 7.5,
+        "axes.edgecolor": "#555555",
+        "axes.linewidth": 0.7,
+        "grid.color": "#E4E4E4",
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+    }
+    settings: dict[Any, Any] = {**sns.plotting_context("paper"), **sns.axes_style("whitegrid"), **own}
+    with mpl.rc_context(settings):
+        yield
+
+
+def files(figure: Figure) -> dict[str, bytes]:
+    """The figure as SVG and as PNG at 200 dpi, free of dates and version names."""
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    return {"svg": svg.getvalue(), "png": png.getvalue()}
+
+
+def latency_over_pixels(group: SpeedGroup, palette: dict[str, Look], subject: str | None) -> Figure:
+    """Latency of one cross-attention against the number of pixels, and the speedup over the strongest baseline.
+
+    The crossing of the subject with each baseline is marked where there is one.
+    """
+    figure = _figure(WIDTH, 3.5)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
+    _latency_panel(left, group, palette, subject)
+    reference = group.study.baselines[-1] if group.study.baselines else None
+    if reference is None or not _speedup_panel(right, group, palette, reference):
+        right.remove()
+    return figure
+
+
+def macs_by_component(groups: Sequence[Sequence[CountRow]]) -> Figure:
+    """Stacked bars of multiply-adds, a panel per model and image size."""
+    shown = [[row for row in group if row.macs] for group in groups]
+    shown = [group for group in shown if group]
+    components = components_of([row for group in shown for row in group])
+    figure = _figure(WIDTH, 0)
+    for ax, group in zip(_panels(figure, [[row.arm for row in group] for group in shown], columns=2, extra=0.35), shown, strict=True):
+        _bars_panel(ax, group, components)
+    handles = [mpl.patches.Patch(color=_component_color(name, components), label=component_label(name)) for name in components]
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(handles), 7), frameon=False, handlelength=1.2, columnspacing=1.2
+    )
+    return figure
+
+
+def latency_by_scope(groups: Sequence[SpeedGroup], palette: dict[str, Look]) -> Figure:
+    """Latency of decoder, model and end to end with intervals, a panel per setting; dashed: no cross-attention at all."""
+    shown = [group for group in groups if any(row.latency_ms for row in group.rows)]
+    sizes = len({group.shared.get("image_size") for group in shown})
+    figure = _figure(WIDTH, 0)
+    arms = [[row.arm for row in group.rows if row.latency_ms] for group in shown]
+    titled = [name for name in ("scope", "model", "image_size") if name != "model" or len({group.shared.get(name) for group in shown}) > 1]
+    for ax, group in zip(_panels(figure, arms, columns=3 if sizes == 3 else 2), shown, strict=True):
+        _scope_panel(ax, group, palette, titled)
+    return figure
+
+
+def accuracy_by_arm(group: AccuracyGroup, palette: dict[str, Look]) -> Figure:
+    """mIoU of every arm: seeds as dots, mean with interval, the margin below the baseline and the floors."""
+    arms = group.measured
+    figure = _figure(WIDTH * 0.8, 0)
+    ax = _panels(figure, [[entry.name for entry in arms]], columns=1, extra=0.35 + 0.06 * len(arms))[0]
+    baseline = group.arm(group.baseline)
+    if baseline is not None and baseline.miou is not None:
+        top = baseline.miou.estimate
+        ax.axvspan(
+            top - group.study.margin,
+            top,
+            color="#DDDDDD",
+            alpha=0.7,
+            lw=0,
+            label=f"margin: {group.study.margin:g} below {label(baseline.name)}",
+        )
+    floor = group.arm(group.floor)
+    if floor is not None and floor.miou is not None:
+        ax.axvline(floor.miou.estimate, color=palette[floor.name].color, ls=":", lw=1.4, label="floor: no cross-attention")
+    for height, entry in enumerate(arms):
+        _accuracy_row(ax, height, entry, palette[entry.name])
+    ax.set_xlabel("mIoU (points); dots: seeds, bar: mean with 95 % interval")
+    ax.set_title(group.label)
+    if ax.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def loss_curves(group: AccuracyGroup, palette: dict[str, Look]) -> Figure | None:
+    """Training loss over steps: thin lines are seeds, the bold line their mean; None where nothing was recorded."""
+    arms = [entry for entry in group.measured if entry.curves()]
+    if not arms:
+        return None
+    figure = _figure(WIDTH * 0.8, 3.0)
+    ax = figure.subplots()
+    ends = []
+    for entry in arms:
+        look = palette[entry.name]
+        curves = list(entry.curves().values())
+        for steps, losses in curves:
+            ax.plot(steps, losses, color=look.color, lw=0.5, alpha=0.3)
+        length = min(len(losses) for _, losses in curves)
+        mean = np.mean([losses[:length] for _, losses in curves], axis=0)
+        steps = curves[0][0][:length]
+        smooth = _smoothed(mean)
+        ax.plot(steps, smooth, color=look.color, ls=look.dash, lw=1.6)
+        ends.append((float(steps[-1]), float(smooth[-1]), entry.name))
+    if ax.get_ylim()[0] > 0:
+        ax.set_yscale("log")
+        _plain_ticks(ax)
+    _end_labels(ax, ends, palette)
+    ax.set_xlabel("training step")
+    ax.set_ylabel("training loss")
+    ax.set_title(group.label)
+    return figure
+
+
+def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look], *, cost: str, title: str) -> Figure:
+    """mIoU against latency with both intervals; the step line joins the arms that no other arm beats in both."""
+    figure = _figure(WIDTH * 0.8, 3.2)
+    ax = figure.subplots()
+    costs, qualities = [entry.latency_ms.estimate for entry in entries], [entry.miou.estimate for entry in entries]
+    front = stats.pareto_front(costs, qualities)
+    ax.step(
+        [costs[i] for i in front],
+        [qualities[i] for i in front],
+        where="post",
+        color="#999999",
+        lw=1,
+        ls="--",
+        zorder=1,
+        label="Pareto front of the means",
+    )
+    for entry in entries:
+        look = palette[entry.arm]
+        errors: dict[str, Any] = {"xerr": _error(entry.latency_ms), "yerr": _error(entry.miou)}
+        ax.errorbar(
+            entry.latency_ms.estimate, entry.miou.estimate, **errors, color=look.color, marker=look.marker, ms=7, capsize=2, lw=1, zorder=3
+        )
+    ax.margins(x=0.18, y=0.16)
+    ax.set_xlabel(cost)
+    ax.set_ylabel("mIoU (points)")
+    ax.set_title(title)
+    figure.legend(loc="outside lower right", frameon=False)
+    _point_labels(figure, ax, entries, palette)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(figure: Figure, arms: Sequence[Sequence[str]], *, columns: int, extra: float = 0.0) -> list[Axes]:
+    """A grid of panels with a line per arm; arms are named once per row of panels that share them. Sets the height of the figure."""
+    columns = min(columns, len(arms))
+    lines = math.ceil(len(arms) / columns)
+    heights = [0.22 * max(len(names) for names in arms[line * columns : (line + 1) * columns]) + 0.55 for line in range(lines)]
+    figure.set_figheight(extra + sum(heights) + 0.1)
+    grid = figure.subplots(lines, columns, squeeze=False, height_ratios=heights)
+    for index, ax in enumerate(grid.ravel()):
+        if index >= len(arms):
+            ax.remove()
+            continue
+        named = index % columns == 0 or list(arms[index]) != list(arms[index - 1])
+        ax.set_yticks(range(len(arms[index])), [label(name) if named else "" for name in arms[index]])
+        ax.set_ylim(len(arms[index]) - 0.45, -0.55)
+        ax.grid(False, axis="y")
+    return list(grid.ravel()[: len(arms)])
+
+
+def _latency_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], subject: str | None) -> None:
+    ends = []
+    for name in in_reading_order(group.arms):
+        rows = sorted(group.measured(name), key=lambda row: row.pixels)
+        if rows:
+            _curve(ax, rows, [row.latency_ms for row in rows], palette[name])
+            ends.append((float(rows[-1].pixels), rows[-1].latency_ms.estimate if rows[-1].latency_ms else 0.0, name))
+    ax.set(xscale="log", yscale="log")
+    _pixel_axis(ax, group)
+    _plain_ticks(ax)
+    ax.set_ylabel("latency of one call (ms)")
+    ax.set_title("Latency")
+    ax.set_ylim(ax.get_ylim())
+    for baseline in group.study.baselines if subject else ():
+        _mark_crossing(ax, group, str(subject), baseline, palette)
+    _end_labels(ax, ends, palette)
+
+
+def _speedup_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], reference: str) -> bool:
+    if reference not in group.arms:
+        return False
+    ends = []
+    for name in in_reading_order(group.arms):
+        rows = sorted((row for row in group.measured(name) if reference in row.speedups), key=lambda row: row.pixels)
+        if rows:
+            ratios = [row.speedups[reference] for row in rows]
+            _curve(ax, rows, [Mean(ratio.estimate, ratio.low, ratio.high, ratio.rounds) for ratio in ratios], palette[name])
+            ends.append((float(rows[-1].pixels), ratios[-1].estimate, name))
+    ax.set(xscale="log", yscale="log")
+    ax.axhline(1, color=palette[reference].color, lw=1.2)
+    _pixel_axis(ax, group)
+    _plain_ticks(ax, suffix=numbers.TIMES)
+    ax.set_ylabel(f"times faster than {label(reference)}")
+    ax.set_title(f"Speedup over {label(reference)}")
+    _end_labels(ax, ends, palette)
+    return bool(ends)
+
+
+def _curve(ax: Axes, rows: Sequence[SpeedRow], means: Sequence[Mean | None], look: Look) -> None:
+    found = [(row.pixels, mean) for row, mean in zip(rows, means, strict=True) if mean is not None]
+    x = [pixels for pixels, _ in found]
+    ax.plot(x, [mean.estimate for _, mean in found], color=look.color, marker=look.marker, ls=look.dash, mec="white", mew=0.5)
+    bounds = [(pixels, mean.low, mean.high) for pixels, mean in found if mean.low is not None and mean.high is not None]
+    if bounds:
+        ax.fill_between([b[0] for b in bounds], [b[1] for b in bounds], [b[2] for b in bounds], color=look.color, alpha=0.18, lw=0)
+
+
+def _mark_crossing(ax: Axes, group: SpeedGroup, subject: str, baseline: str, palette: dict[str, Look]) -> None:
+    pixels = crossing(group, subject, baseline)
+    if pixels is None:
+        return
+    rows = sorted(group.measured(subject), key=lambda row: row.pixels)
+    known = [(math.log(row.pixels), math.log(row.latency_ms.estimate)) for row in rows if row.latency_ms]
+    height = math.exp(float(np.interp(math.log(pixels), [x for x, _ in known], [y for _, y in known])))
+    ax.plot([pixels, pixels], [ax.get_ylim()[0], height], color=palette[baseline].color, ls=":", lw=1.1, zorder=1)
+    ax.plot([pixels], [height], marker="o", ms=8, mfc="none", mec=palette[baseline].color, mew=1.2, ls="none")
+    lowest = ax.get_ylim()[0]
+    ax.annotate(
+        f"{pixels:.0f} px",
+        (pixels, lowest),
+        xytext=(2, 3),
+        textcoords="offset points",
+        rotation=90,
+        fontsize=6.5,
+        color=palette[baseline].color,
+    )
+
+
+def _bars_panel(ax: Axes, group: Sequence[CountRow], components: Sequence[str]) -> None:
+    heights = range(len(group))
+    start = np.zeros(len(group))
+    for name in components:
+        parts = np.array([row.components.get(name, 0) / 1e9 for row in group])
+        ax.barh(heights, parts, left=start, color=_component_color(name, components), height=0.72, ec="white", lw=0.4)
+        start += parts
+    for height, (row, total) in enumerate(zip(group, start, strict=True)):
+        text = f"{numbers.significant(float(total))} ({row.attention_share or 0:.1%})"
+        ax.annotate(text, (float(total), height), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
+    ax.set_xlim(0, float(start.max()) * 1.32)
+    params = group[0].cell.params
+    ax.set_title(f"{params['model']}, {numbers.size(params['image_size'])}")
+    ax.set_xlabel("GMACs per forward pass (share of cross-attention)")
+
+
+def _scope_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], titled: Sequence[str]) -> None:
+    rows = [row for row in group.rows if row.latency_ms is not None]
+    reference = group.study.baselines[0] if group.study.baselines else None
+    bare = next((row.latency_ms for row in rows if row.cell.arm.attention == "none"), None)
+    if bare is not None:
+        ax.axvline(bare.estimate, color="#56B4E9", ls="--", lw=1, zorder=1)
+    for height, row in enumerate(rows):
+        look, mean = palette[row.arm], row.latency_ms
+        assert mean is not None
+        ax.errorbar(mean.estimate, height, xerr=_error(mean), color=look.color, marker=look.marker, ms=5, capsize=2, lw=1.2)
+        ratio = row.speedups.get(reference) if reference else None
+        if ratio is not None:
+            ax.annotate(
+                f"{ratio.estimate:.2f}{numbers.TIMES}",
+                (1.02, height),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=7,
+                color=look.color,
+                annotation_clip=False,
+            )
+    ax.margins(x=0.12)
+    params = rows[0].cell.params
+    words = [
+        numbers.size(params[name]) if name == "image_size" else numbers.SCOPE_NAMES.get(str(params[name]), params[name]) for name in titled
+    ]
+    ax.set_title(", ".join(map(str, words)))
+    if reference:
+        ax.annotate("speedup", (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=6.5, color="#666666", annotation_clip=False)
+    ax.set_xlabel("latency (ms per call)")
+
+
+def _accuracy_row(ax: Axes, height: int, entry: ArmAccuracy, look: Look) -> None:
+    assert entry.miou is not None
+    ax.plot(list(entry.seeds.values()), [height - 0.18] * len(entry.seeds), marker="o", ms=3, ls="none", color=look.color, alpha=0.45)
+    ax.errorbar(
+        entry.miou.estimate,
+        height + 0.08,
+        xerr=_error(entry.miou),
+        color=look.color,
+        marker=look.marker,
+        ms=6,
+        capsize=2.5,
+        lw=1.4,
+        mec="white",
+        mew=0.5,
+    )
+
+
+def _pixel_axis(ax: Axes, group: SpeedGroup) -> None:
+    sizes = dict(sorted({row.pixels: str(row.cell.params["pixels"]) for row in group.rows}.items()))
+    ax.set_xticks(list(sizes), [numbers.size(text) for text in sizes.values()], rotation=45, ha="right", rotation_mode="anchor")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel(f"pixels of the feature level (height {numbers.TIMES} width)")
+
+
+def _plain_ticks(ax: Axes, suffix: str = "") -> None:
+    """Ticks of a logarithmic vertical axis, written out."""
+    low, high = ax.get_ylim()
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    steps = (1,) if high / low > 1e4 else (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_ticks(ticks)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{suffix}"))
+
+
+def _end_labels(ax: Axes, ends: Sequence[tuple[float, float, str]], palette: dict[str, Look]) -> None:
+    """Name each curve at its right end, moved apart where they would overlap."""
+    if not ends:
+        return
+    low, high = np.log(ax.get_ylim()) if ax.get_yscale() == "log" else np.array(ax.get_ylim())
+    heights = [((math.log(y) if ax.get_yscale() == "log" else y) - low) / (high - low) for _, y, _ in ends]
+    placed = _spread(heights, gap=0.062)
+    moved = max(0.0, 0.02 - min(placed)) - max(0.0, max(placed) - 0.98)
+    for (x, y, name), height in zip(ends, placed, strict=True):
+        ax.annotate(
+            label(name),
+            (x, y),
+            xytext=(1.045, height + moved),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            color=palette[name].color,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": palette[name].color, "lw": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+        )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved as little as needed so that neighbours are `gap` apart."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    blocks: list[tuple[list[int], float]] = []
+    for index in order:
+        members, center = [index], heights[index]
+        while blocks and center - gap * (len(members) - 1) / 2 < blocks[-1][1] + gap * (len(blocks[-1][0]) - 1) / 2 + gap:
+            before, other = blocks.pop()
+            center = (center * len(members) + other * len(before)) / (len(members) + len(before))
+            members = before + members
+        blocks.append((members, center))
+    placed = list(heights)
+    for members, center in blocks:
+        for position, index in enumerate(members):
+            placed[index] = center + gap * (position - (len(members) - 1) / 2)
+    return placed
+
+
+def _point_labels(figure: Figure, ax: Axes, entries: Sequence[TradeOff], palette: dict[str, Look]) -> None:
+    """Name each point beside it, where there is room."""
+    figure.draw_without_rendering()  # the layout has to be settled before boxes are compared
+    unit = figure.dpi / 72
+    points = [tuple(ax.transData.transform((entry.latency_ms.estimate, entry.miou.estimate))) for entry in entries]
+    obstacles = [box for entry in entries for box in _drawn_boxes(ax, entry, unit)]
+    sizes = [(4.5 * unit * len(label(entry.arm)), 9 * unit) for entry in entries]
+    left, bottom, right, top = ax.get_window_extent().extents
+    corners = place(points, sizes, obstacles, (left, bottom, right, top))
+    for entry, point, corner in zip(entries, points, corners, strict=True):
+        ax.annotate(
+            label(entry.arm),
+            (entry.latency_ms.estimate, entry.miou.estimate),
+            xytext=((corner[0] - point[0]) / unit, (corner[1] - point[1]) / unit),
+            textcoords="offset points",
+            va="bottom",
+            color=palette[entry.arm].color,
+            fontsize=7.5,
+            path_effects=[mpl.patheffects.withStroke(linewidth=2.2, foreground="white")],
+            zorder=5,
+        )
+
+
+def _drawn_boxes(ax: Axes, entry: TradeOff, unit: float) -> list[Box]:
+    """Marker and error bars of a point in pixels."""
+    (x_low, x, x_high), (y_low, y, y_high) = _ends(entry.latency_ms), _ends(entry.miou)
+    (left, low), (center, middle), (right, high) = ax.transData.transform([(x_low, y_low), (x, y), (x_high, y_high)])
+    bars = [(left, middle - unit, right, middle + unit), (center - unit, low, center + unit, high)]
+    return [*bars, (center - 5 * unit, middle - 5 * unit, center + 5 * unit, middle + 5 * unit)]
+
+
+def _ends(mean: Mean) -> tuple[float, float, float]:
+    low, high = (mean.estimate if bound is None else bound for bound in (mean.low, mean.high))
+    return low, mean.estimate, high
+
+
+def _error(mean: Mean) -> list[list[float]] | None:
+    if mean.low is None or mean.high is None:
+        return None
+    return [[mean.estimate - mean.low], [mean.high - mean.estimate]]
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the curve, narrower at its ends."""
+    reach = max(len(values) // 40, 0)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach, len(values) - 1) + 1
+    return (total[high] - total[low]) / (high - low)
+
+
+def _component_color(name: str, components: Sequence[str]) -> str:
+    spare = [other for other in components if other not in _COMPONENT_COLORS]
+    return _COMPONENT_COLORS.get(name) or _SPARE_COLORS[spare.index(name) % len(_SPARE_COLORS)]

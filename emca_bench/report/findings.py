@@ -1,0 +1,92 @@
+"""Everything that a report says about a run, computed once and shared by text, tables, figures and summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emca_bench.report import numbers
+from emca_bench.report.accuracy import AccuracyGroup, accuracy_groups
+from emca_bench.report.claims import Claim, claims
+from emca_bench.report.counts import CountRow, attention_counts, model_counts
+from emca_bench.report.load import Run
+from emca_bench.report.speed import SpeedGroup, SpeedRow, attention_groups, largest, model_groups
+from emca_bench.stats import Mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """A run and what follows from it."""
+
+    run: Run
+    claims: Sequence[Claim]
+    attention: Sequence[SpeedGroup]
+    attention_counts: Sequence[CountRow]
+    model_counts: Sequence[Sequence[CountRow]]
+    models: Sequence[SpeedGroup]
+    accuracy: Sequence[AccuracyGroup]
+
+
+def findings(run: Run) -> Findings:
+    """Compute them."""
+    return Findings(
+        run=run,
+        claims=claims(run),
+        attention=attention_groups(run),
+        attention_counts=attention_counts(run),
+        model_counts=model_counts(run),
+        models=model_groups(run),
+        accuracy=accuracy_groups(run),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeOff:
+    """One arm in the plane of cost and quality."""
+
+    arm: str
+    latency_ms: Mean
+    miou: Mean
+
+
+def trade_offs(found: Findings, group: AccuracyGroup) -> tuple[str, list[TradeOff]]:
+    """Arms of an accuracy group with their latency in the same run, and what that latency is of.
+
+    Taken from the first that joins at least two arms: model, end to end, decoder (same model name, largest images), else
+    cross-attention alone (most pixels). Empty where none does.
+    """
+    for scope in ("model", "end_to_end", "decoder"):
+        same = [g for g in found.models if g.shared.get("scope") == scope and g.shared.get("model") == group.shared.get("model")]
+        same.sort(key=lambda g: _area(str(g.shared.get("image_size", "0x0"))), reverse=True)
+        for candidate in same:
+            joined = _join(group, {row.arm: row for row in candidate.rows})
+            if len(joined) > 1:
+                where = f"{numbers.SCOPE_NAMES[scope]}, {numbers.size(candidate.shared.get('image_size', ''))} images"
+                return f"latency in ms ({where})", joined
+    for candidate in found.attention:
+        rows = {arm: largest(candidate, arm) for arm in candidate.arms}
+        most = max((row.pixels for row in rows.values() if row), default=0)
+        joined = _join(group, {arm: row for arm, row in rows.items() if row and row.pixels == most})
+        if len(joined) > 1:
+            setting = {name: candidate.shared[name] for name in ("queries", "width") if name in candidate.shared}
+            return f"latency of one cross-attention in ms ({numbers.plural(most, 'pixel')}, {numbers.conditions(setting)})", joined
+    return "", []
+
+
+def _join(group: AccuracyGroup, rows: dict[str, SpeedRow]) -> list[TradeOff]:
+    joined = []
+    for entry in group.measured:
+        row = rows.get(entry.name)
+        if (
+            row
+            and row.latency_ms
+            and entry.miou
+            and (row.cell.arm.attention, row.cell.arm.switches) == (entry.arm.attention, entry.arm.switches)
+        ):
+            joined.append(TradeOff(arm=entry.name, latency_ms=row.latency_ms, miou=entry.miou))
+    return joined
+
+
+def _area(size: str) -> int:
+    height, width = size.split("x")
+    return int(height) * int(width)

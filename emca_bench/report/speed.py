@@ -1,0 +1,149 @@
+"""Latencies compared: every arm against every baseline of its study, under equal conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from emca_bench import stats
+from emca_bench.report.load import Result, ResultStatus, Run, point
+from emca_bench.specs import Cell, Study, Value, parse_size
+from emca_bench.stats import Mean, Ratio
+
+ATTENTION_SCOPES = ("attention",)
+MODEL_SCOPES = ("decoder", "model", "end_to_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """One arm under one set of conditions."""
+
+    cell: Cell
+    status: ResultStatus
+    reason: str
+    rounds_ms: Mapping[int, float]
+    """Median latency of a call, by round."""
+    latency_ms: Mean | None
+    """Geometric mean of the round medians."""
+    speedups: Mapping[str, Ratio]
+    """Latency of each baseline over this one's; a baseline is not compared with itself."""
+    macs: int | None = None
+    peak_memory_bytes: int | None = None
+    backends: Mapping[str, str] = field(default_factory=dict)
+    """What served each kernel operator, and why."""
+
+    @property
+    def arm(self) -> str:
+        """Name of the arm."""
+        return self.cell.arm.name
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the feature level (scope attention)."""
+        height, width = parse_size(str(self.cell.params["pixels"]))
+        return height * width
+
+    @property
+    def frames_per_second(self) -> float | None:
+        """Images per second at this batch size."""
+        batch = self.cell.params.get("batch", 1)
+        return None if self.latency_ms is None else 1000 * float(batch) / self.latency_ms.estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedGroup:
+    """Rows of one study that may be compared, and swept rows along one axis."""
+
+    study: Study
+    shared: Mapping[str, Value]
+    """Parameters that are equal in all rows."""
+    rows: Sequence[SpeedRow]
+
+    def of(self, arm: str) -> list[SpeedRow]:
+        """The rows of an arm."""
+        return [row for row in self.rows if row.arm == arm]
+
+    def measured(self, arm: str) -> list[SpeedRow]:
+        """The rows of an arm that have a latency."""
+        return [row for row in self.of(arm) if row.latency_ms is not None]
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms in the order of the study."""
+        return list(dict.fromkeys(row.arm for row in self.rows))
+
+
+def attention_groups(run: Run) -> list[SpeedGroup]:
+    """Cross-attention alone: one group per setting of the axes other than pixels, rows swept over pixels."""
+    return _groups(run, ATTENTION_SCOPES, swept="pixels")
+
+
+def model_groups(run: Run) -> list[SpeedGroup]:
+    """Decoder, model and end to end: one group per point of the axes."""
+    return _groups(run, MODEL_SCOPES, swept=None)
+
+
+def free_attention_bound(group: SpeedGroup, baseline: str) -> Ratio | None:
+    """Measured upper bound of any speedup over a baseline: its latency over that of the arm without cross-attention."""
+    row = next((row for row in group.rows if row.cell.arm.attention == "none"), None)
+    return None if row is None else row.speedups.get(baseline)
+
+
+def crossing(group: SpeedGroup, arm: str, baseline: str) -> float | None:
+    """Number of pixels at which the curves of an arm and a baseline cross for the last time, or None."""
+    ours = {row.pixels: row.latency_ms.estimate for row in group.measured(arm) if row.latency_ms}
+    theirs = {row.pixels: row.latency_ms.estimate for row in group.measured(baseline) if row.latency_ms}
+    common = sorted(set(ours) & set(theirs))
+    return stats.crossover(common, [theirs[pixels] for pixels in common], [ours[pixels] for pixels in common])
+
+
+def largest(group: SpeedGroup, arm: str) -> SpeedRow | None:
+    """The measured row of an arm at the most pixels."""
+    return max(group.measured(arm), key=lambda row: row.pixels, default=None)
+
+
+def _groups(run: Run, scopes: Iterable[str], *, swept: str | None) -> list[SpeedGroup]:
+    groups = []
+    for study, cells in run.planned("latency", scopes):
+        by_setting: dict[object, list[Cell]] = {}
+        for cell in cells:
+            by_setting.setdefault(point(study, cell, without=[swept] if swept else []), []).append(cell)
+        groups += [_group(run, study, members) for members in by_setting.values()]
+    return groups
+
+
+def _group(run: Run, study: Study, cells: Sequence[Cell]) -> SpeedGroup:
+    first = cells[0].params
+    shared = {name: value for name, value in first.items() if all(cell.params.get(name) == value for cell in cells)}
+    latencies = {cell.key("latency"): _latency(run, cell) for cell in cells}
+    baselines = {(point(study, cell), cell.arm.name): latencies[cell.key("latency")].latency_ms for cell in cells}
+    rows = []
+    for cell in cells:
+        result = latencies[cell.key("latency")]
+        rounds = result.latency_ms
+        rivals = {name: baselines.get((point(study, cell), name), {}) for name in study.baselines if name != cell.arm.name}
+        rows.append(
+            SpeedRow(
+                cell=cell,
+                status=result.status,
+                reason=result.reason,
+                rounds_ms=rounds,
+                latency_ms=stats.geometric_mean(rounds) if rounds else None,
+                speedups={name: stats.paired_ratio(rival, rounds) for name, rival in rivals.items() if set(rival) & set(rounds)},
+                macs=_value(run.find(cell, "macs"), "macs"),
+                peak_memory_bytes=_value(run.find(cell, "memory"), "peak_memory_bytes"),
+                backends=result.values.get("backends") or {},
+            )
+        )
+    return SpeedGroup(study=study, shared=shared, rows=rows)
+
+
+def _latency(run: Run, cell: Cell) -> Result:
+    result = run.find(cell, "latency")
+    assert result is not None, "every planned latency has a result"
+    return result
+
+
+def _value(result: Result | None, name: str) -> int | None:
+    found = result.values.get(name) if result else None
+    return None if found is None else int(found)

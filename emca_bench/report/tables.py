@@ -1,0 +1,331 @@
+"""Results as tables of a document."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+
+from emca_bench.report import numbers
+from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy
+from emca_bench.report.claims import Claim
+from emca_bench.report.counts import CountRow, component_label, components_of
+from emca_bench.report.document import Code, Column, Strong, Table, Text, Tone, Value
+from emca_bench.report.load import Result, distinct_cells
+from emca_bench.report.numbers import NOTHING
+from emca_bench.report.speed import SpeedGroup, SpeedRow, free_attention_bound
+from emca_bench.specs import Cell, Study
+from emca_bench.stats import Ratio, speed_verdict
+
+TONES: Mapping[str, Tone] = {
+    "faster": "good",
+    "slower": "bad",
+    "no difference": "muted",
+    "undecided": "open",
+    "not worse": "good",
+    "worse": "bad",
+    "reproduced": "good",
+    "differs": "bad",
+    "not comparable": "open",
+    "not run": "muted",
+    "failed": "bad",
+    "impossible": "open",
+    "partial": "open",
+    "can decide": "good",
+    "cannot decide": "bad",
+}
+EMPTY = Value(NOTHING, tone="muted")
+
+
+def verdict(word: str) -> Value:
+    """A verdict or status with its tone."""
+    return Value(word, sort=word, tone=TONES.get(word, "plain"))
+
+
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """The claims of the paper against this run."""
+    columns = [Column("Claim", wide=True), Column("Against"), Column("Published", "right"), Column("Measured [95 %]", "right")]
+    columns += [Column("Measured under"), Column("Verdict"), Column("Why", wide=True)]
+    rows = []
+    for claim in claims:
+        measured = Value(claim.measured, sort=claim.estimate) if claim.measured else EMPTY
+        against = Value(Code(claim.against)) if claim.against else EMPTY
+        said = Value((claim.expected.claim, f" ({claim.expected.source})"), sort=claim.expected.claim)
+        published = Value(claim.published, sort=claim.expected.value)
+        rows.append([said, against, published, measured, Value(claim.conditions), verdict(claim.verdict), Value(claim.reason)])
+    return Table(columns, rows)
+
+
+def attention_table(group: SpeedGroup) -> Table:
+    """Cross-attention alone: a row per number of pixels and arm."""
+    columns = [Column("Pixels", "right"), Column("Arm"), Column("GMACs", "right"), Column("ms [95 %]", "right"), *_speedup_columns(group)]
+    mixed = len({_backends(row) for row in group.rows if row.backends}) > 1
+    columns += [Column("Peak MiB", "right"), *([Column("Backend")] if mixed else [])]
+    rows = []
+    ordered = sorted(group.rows, key=lambda row: row.pixels)
+    for row in ordered:
+        pixels = Value(f"{numbers.size(row.cell.params['pixels'])} = {row.pixels}", sort=row.pixels)
+        memory = _number(row.peak_memory_bytes, numbers.mebibytes)
+        backend = [Value(_backends(row) or NOTHING)] if mixed else []
+        rows.append([pixels, _arm(row.arm), _number(row.macs, numbers.gmacs), _latency(row), *_speedups(group, row), memory, *backend])
+    begins = frozenset(index for index in range(1, len(ordered)) if ordered[index].pixels != ordered[index - 1].pixels)
+    return Table(columns, rows, breaks=begins)
+
+
+def speed_table(groups: Sequence[SpeedGroup]) -> Table:
+    """Decoder, model and end to end: a row per setting and arm of one study."""
+    where = _varying([row.cell.params for group in groups for row in group.rows])
+    columns = [
+        *map(_where_column, where),
+        Column("Arm"),
+        Column("ms [95 %]", "right"),
+        Column("FPS", "right"),
+        *_speedup_columns(groups[0]),
+    ]
+    rows = []
+    for group in groups:
+        for row in group.rows:
+            place = [_where(name, row.cell.params) for name in where]
+            rate = _number(row.frames_per_second, numbers.significant)
+            rows.append([*place, _arm(row.arm), _latency(row), rate, *_speedups(group, row)])
+    return Table(columns, rows, breaks=_starts(group.rows for group in groups))
+
+
+def bounds_table(groups: Sequence[SpeedGroup]) -> Table | None:
+    """What leaving the cross-attention out would give, per setting and baseline; None where no setting has that arm."""
+    baselines = groups[0].study.baselines
+    bounds = [(group, [free_attention_bound(group, name) for name in baselines]) for group in groups]
+    bounds = [(group, found) for group, found in bounds if any(found)]
+    if not bounds:
+        return None
+    where = _varying([group.rows[0].cell.params for group, _ in bounds])
+    columns = [*map(_where_column, where), *(Column(f"Bound over {name}", "right") for name in baselines)]
+    rows = []
+    for group, found in bounds:
+        shown = [Value(numbers.ratio(ratio), sort=ratio.estimate) if ratio else EMPTY for ratio in found]
+        rows.append([*(_where(name, group.rows[0].cell.params) for name in where), *shown])
+    return Table(columns, rows)
+
+
+def counts_table(groups: Sequence[Sequence[CountRow]]) -> Table:
+    """Multiply-adds by component for every model, size and arm."""
+    every = [row for group in groups for row in group]
+    components = components_of(every)
+    where = _varying([row.cell.params for row in every])
+    columns = [*map(_where_column, where), Column("Arm")]
+    columns += [Column(component_label(name), "right", f"{name} in 1e9 multiply-adds") for name in components]
+    columns += [Column("Total GMACs", "right"), Column("Share of cross-attention", "right"), Column("Params (M)", "right")]
+    rows = []
+    for row in every:
+        parts = [_number(row.components.get(name), numbers.gmacs) for name in components]
+        total = _number(row.macs, numbers.gmacs) if row.macs is not None else verdict(row.status)
+        share = _number(row.attention_share, lambda share: f"{share:.1%}")
+        place = [_where(name, row.cell.params) for name in where]
+        rows.append([*place, _arm(row.arm), *parts, total, share, _number(row.parameters, lambda count: f"{count / 1e6:.1f}")])
+    return Table(columns, rows, breaks=_starts(groups))
+
+
+def cross_check_table(rows: Iterable[CountRow]) -> Table:
+    """Counter against closed form of the cross-attentions, and what the counter could not count."""
+    columns = [Column("Arm"), Column("Conditions"), Column("Counted GMACs", "right"), Column("Closed form", "right")]
+    columns += [Column("Difference", "right"), Column("Operators without a count")]
+    shown = []
+    for row in rows:
+        if row.macs is None:
+            continue
+        names = ("scope", "model", "image_size", "pixels", "queries", "width", "batch")
+        where = numbers.conditions({name: row.cell.params[name] for name in names if name in row.cell.params})
+        apart = row.disagreement
+        difference = (
+            EMPTY if apart is None else Value(numbers.minus(f"{apart:+.2%}"), sort=apart, tone="good" if abs(apart) <= 0.01 else "bad")
+        )
+        left_out = ", ".join(f"{name} ({numbers.plural(calls, 'call')})" for name, calls in sorted(row.uncounted.items())) or "none"
+        closed = _number(row.closed_form_macs, numbers.gmacs)
+        shown.append([_arm(row.arm), Value(where), _number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)])
+    return Table(columns, shown)
+
+
+def accuracy_table(group: AccuracyGroup) -> Table:
+    """Arms by mIoU, with the floors that give the numbers a meaning."""
+    columns = [
+        Column("Arm"),
+        Column("mIoU ± 95 %", "right"),
+        Column("Seeds", "right"),
+        Column(f"Minus {group.baseline or 'baseline'}", "right"),
+    ]
+    columns += [Column(f"Verdict (margin {group.study.margin:g})"), Column("Pixel accuracy", "right"), Column("Parameters", "right")]
+    rows = [_accuracy_row(group, entry) for entry in group.arms]
+    frequency, pixels = group.fact("frequency_miou"), group.fact("frequency_pixel_accuracy")
+    if frequency is not None:
+        floor = [
+            Value("always the commonest class", tone="muted"),
+            Value(f"{frequency:.2f}", sort=frequency),
+            EMPTY,
+            EMPTY,
+            Value("floor", tone="muted"),
+        ]
+        rows.append([*floor, _number(pixels, lambda share: f"{share:.2f}"), EMPTY])
+    starred = any(entry.verdict == "not worse" for entry in group.arms) and group.sensitivity != "can decide"
+    return Table(columns, rows, "* Not shown to mean anything: leaving out the cross-attention may be not worse either." if starred else "")
+
+
+def class_table(group: AccuracyGroup) -> Table:
+    """IoU of every class, a column per arm."""
+    tables = {entry.name: entry.class_iou() for entry in group.measured}
+    names = dict.fromkeys(name for table in tables.values() for name in table)
+    columns = [Column("Class"), *(Column(name, "right") for name in tables)]
+    rows = []
+    for name in names:
+        found = [table.get(name) for table in tables.values()]
+        best = max((value for value in found if value is not None), default=None)
+        rows.append([Value(name), *(_class_value(value, best) for value in found)])
+    return Table(columns, rows)
+
+
+def training_table(group: AccuracyGroup) -> Table:
+    """What was trained for how long."""
+    columns = [
+        Column("Arm"),
+        Column("Seeds"),
+        Column("Steps", "right"),
+        Column("Epochs", "right"),
+        Column("Training time per seed", "right"),
+    ]
+    columns += [Column("Final loss", "right"), Column("Pretrained")]
+    rows = []
+    for entry in group.measured:
+        steps, images = entry.average("train_steps"), entry.average("train_images")
+        batch = float(group.shared.get("batch", 1))
+        epochs = steps * batch / images if steps and images else None
+        seeds = ", ".join(str(seed) for seed in entry.seeds)
+        pretrained = next((str(result.values["pretrained"]) for result in entry.finished if result.values.get("pretrained")), "nothing")
+        row = [_arm(entry.name), Value(seeds), _number(steps, lambda count: f"{count:.0f}"), _number(epochs, numbers.significant)]
+        row += [_number(entry.average("train_seconds"), numbers.duration), _number(entry.average("final_loss"), numbers.significant)]
+        rows.append([*row, Value(pretrained)])
+    return Table(columns, rows)
+
+
+def conditions_table(rows: Iterable[tuple[str, Text]]) -> Table:
+    """Machine, versions and state, one per row."""
+    return Table([Column("Condition"), Column("Value")], [[Value(name), Value(text)] for name, text in rows])
+
+
+def trouble_table(results: Sequence[Result]) -> Table:
+    """Planned cells without a full result."""
+    columns = [Column("Study"), Column("Cell"), Column("Measure"), Column("Status"), Column("Reason", wide=True)]
+    rows = []
+    for result in results:
+        reason = result.reason or ("no record" if result.status == "not run" else "")
+        if result.status == "partial":
+            reason = f"{len(result.done)} of {numbers.plural(result.planned_rounds, 'round')}" + (f": {reason}" if reason else "")
+        cell = result.cell
+        rows.append([Value(Code(cell.study)), Value(cell.label()), Value(result.measure), verdict(result.status), Value(reason)])
+    return Table(columns, rows)
+
+
+def commands_table(study: Study) -> Table:
+    """The command that measures each cell of a study again."""
+    rows = [[Value(cell.label()), Value(Code(command(study, cell)))] for cell in distinct_cells(study)]
+    return Table([Column("Cell"), Column("Command")], rows)
+
+
+def command(study: Study, cell: Cell) -> str:
+    """The command line that measures one cell."""
+    conditions = {"arm": cell.arm.name, **{name: cell.params[name] for name, values in study.axes.items() if len(values) > 1}}
+    overridden = set(cell.arm.overrides)
+    chosen = [f"--only {shlex.quote(f'{name}={value}')}" for name, value in conditions.items() if name not in overridden]
+    return " ".join(["emca-bench run", study.name, *(["--quick"] if study.quick else []), *chosen])
+
+
+def _starts(groups: Iterable[Sequence[object]]) -> frozenset[int]:
+    """Index of the first row of every group but the first."""
+    return frozenset(itertools.accumulate(map(len, groups)))
+
+
+def _varying(params: Sequence[Mapping[str, object]]) -> list[str]:
+    """Names that tell rows apart; the image size always."""
+    names = ("scope", "model", "image_size", "batch", "dtype", "device", "queries", "classes", "layers")
+    return [name for name in names if name == "image_size" or len({row.get(name) for row in params}) > 1]
+
+
+def _where_column(name: str) -> Column:
+    return Column({"image_size": "Images"}.get(name, name.capitalize()))
+
+
+def _where(name: str, params: Mapping[str, object]) -> Value:
+    value = params.get(name)
+    if value is None:
+        return EMPTY
+    if name == "image_size":
+        return Value(numbers.size(str(value)), sort=_area(value))
+    if name == "model":
+        return Value(Code(str(value)), sort=str(value))
+    return Value(numbers.SCOPE_NAMES.get(str(value), str(value)), sort=value if isinstance(value, (int, float)) else str(value))
+
+
+def _arm(name: str) -> Value:
+    return Value(Code(name), sort=name)
+
+
+def _area(size: object) -> float:
+    height, width = str(size).split("x")
+    return float(height) * float(width)
+
+
+def _number(value: float | None, show: object) -> Value:
+    assert callable(show)
+    return EMPTY if value is None else Value(show(value), sort=float(value))
+
+
+def _latency(row: SpeedRow) -> Value:
+    if row.latency_ms is None:
+        return verdict(row.status)
+    return Value(numbers.milliseconds(row.latency_ms), sort=row.latency_ms.estimate, tone="open" if row.status == "partial" else "plain")
+
+
+def _backends(row: SpeedRow) -> str:
+    """Names of the backends that served a row, without their reasons."""
+    return ", ".join(dict.fromkeys(name.split(" (")[0] for name in row.backends.values()))
+
+
+def _speedup_columns(group: SpeedGroup) -> list[Column]:
+    return [column for name in group.study.baselines for column in (Column(f"vs {name}", "right"), Column("Verdict"))]
+
+
+def _speedups(group: SpeedGroup, row: SpeedRow) -> list[Value]:
+    return [value for name in group.study.baselines for value in _speedup(row, name)]
+
+
+def _speedup(row: SpeedRow, baseline: str) -> tuple[Value, Value]:
+    if row.arm == baseline:
+        return Value("1", sort=1.0, tone="muted"), Value("baseline", tone="muted")
+    ratio: Ratio | None = row.speedups.get(baseline)
+    if ratio is None:
+        return EMPTY, EMPTY
+    return Value(numbers.ratio(ratio), sort=ratio.estimate), verdict(speed_verdict(ratio))
+
+
+def _accuracy_row(group: AccuracyGroup, entry: ArmAccuracy) -> list[Value]:
+    if entry.miou is None:
+        states = {result.status for result in entry.results.values()}
+        state = next((word for word in ("failed", "impossible") if word in states), "not run")
+        return [_arm(entry.name), verdict(state), *[EMPTY] * 5]
+    planned = len(entry.results)
+    seeds = Value(f"{entry.miou.count}" if entry.miou.count == planned else f"{entry.miou.count} of {planned}", sort=entry.miou.count)
+    difference = EMPTY if entry.difference is None else Value(numbers.points(entry.difference, signed=True), sort=entry.difference.estimate)
+    judged = Value("baseline", tone="muted") if entry.name == group.baseline else EMPTY
+    if entry.verdict is not None:
+        judged = verdict(entry.verdict)
+        if entry.verdict == "not worse" and group.sensitivity != "can decide":
+            judged = Value("not worse*", tone="open")
+    name: Text = (Code(entry.name), " (floor)") if entry.name == group.floor else Code(entry.name)
+    row = [Value(name, sort=entry.name), Value(numbers.points(entry.miou), sort=entry.miou.estimate), seeds, difference, judged]
+    pixel_accuracy = _number(entry.average("pixel_accuracy"), lambda share: f"{share:.2f}")
+    return [*row, pixel_accuracy, _number(entry.average("parameters"), lambda count: f"{count / 1e6:.2f} M")]
+
+
+def _class_value(value: float | None, best: float | None) -> Value:
+    if value is None:
+        return Value("absent", tone="muted")
+    text = f"{value:.1f}"
+    return Value(Strong(text) if value == best else text, sort=value)

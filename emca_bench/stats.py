@@ -1,0 +1,247 @@
+"""Statistics of measurements: ratios of latencies over rounds, means over seeds, verdicts against stated margins.
+
+Latencies are compared through the logarithms of round medians, accuracies through differences over common seeds; intervals are
+Student t at 95 %. NumPy and SciPy only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
+FLOOR = 0.02
+"""Smallest relative difference of latency that is called one: below it, alignment and code placement decide."""
+MIN_ROUNDS = 3
+"""Fewest rounds that carry a verdict on latency."""
+MIN_SEEDS = 2
+"""Fewest seeds that carry a verdict on accuracy."""
+
+SpeedVerdict = Literal["faster", "slower", "no difference", "undecided"]
+AccuracyVerdict = Literal["not worse", "worse", "undecided"]
+Sensitivity = Literal["can decide", "cannot decide", "undecided"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio with its interval; `low` and `high` are None where fewer than two rounds allow none."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean, or a difference of means, in the unit of its samples; no interval from one sample."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def round_medians(samples: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Median of each round, in the unit of the samples; rounds without samples are left out."""
+    return {index: float(np.median(values)) for index, values in sorted(samples.items()) if len(values)}
+
+
+def mean_interval(values: Sequence[float]) -> Mean:
+    """Mean with its t interval over independent repeats (seeds).
+
+    Raises:
+        ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("mean of no values")
+    center, half = _center_and_half_width(values)
+    return Mean(center, None if half is None else center - half, None if half is None else center + half, len(values))
+
+
+def geometric_mean(rounds: Mapping[int, float]) -> Mean:
+    """Geometric mean of round medians with its t interval: quotients of two of them are the estimates of `paired_ratio`.
+
+    Raises:
+        ValueError: no rounds, or a median that is not positive.
+    """
+    if not rounds:
+        raise ValueError("geometric mean of no rounds")
+    return _exponentiate(*_center_and_half_width(_logs(rounds.values())), count=len(rounds))
+
+
+def paired_ratio(rounds_a: Mapping[int, float], rounds_b: Mapping[int, float]) -> Ratio:
+    """How many times faster b is than a: the ratio a / b of round medians, paired by round.
+
+    Pairing takes out what drifts from round to round (clock, temperature, neighbours), because both were measured within each
+    round. The estimate is the exponential of the mean log-ratio, the interval its t interval.
+
+    Args:
+        rounds_a: latency by round, in any unit, for example of the baseline.
+        rounds_b: latency by round in the same unit.
+
+    Raises:
+        ValueError: no common round, or a latency that is not positive.
+    """
+    common = sorted(set(rounds_a) & set(rounds_b))
+    if not common:
+        raise ValueError("no common round")
+    difference = _logs(rounds_a[index] for index in common) - _logs(rounds_b[index] for index in common)
+    found = _exponentiate(*_center_and_half_width(difference), count=len(common))
+    return Ratio(found.estimate, found.low, found.high, len(common))
+
+
+def unpaired_ratio(rounds_a: Sequence[float], rounds_b: Sequence[float]) -> Ratio:
+    """The ratio a / b of two runs that were not interleaved: Welch's t interval on log medians.
+
+    It covers the noise within each run and nothing else. A drift between the runs looks like a difference, so use it only where
+    pairing is impossible (two commits, two machines) and say so.
+
+    Raises:
+        ValueError: no rounds on one side, or a latency that is not positive.
+    """
+    if not len(rounds_a) or not len(rounds_b):
+        raise ValueError("ratio of no rounds")
+    a, b = _logs(rounds_a), _logs(rounds_b)
+    center = float(a.mean() - b.mean())
+    rounds = min(len(a), len(b))
+    if rounds < 2:
+        return Ratio(math.exp(center), None, None, rounds)
+    half = _welch_half_width(a, b)
+    return Ratio(math.exp(center), math.exp(center - half), math.exp(center + half), rounds)
+
+
+def speed_verdict(speedup: Ratio, *, floor: float = FLOOR) -> SpeedVerdict:
+    """What a speedup (latency of the baseline over latency of the arm) shows.
+
+    `faster` and `slower` need an interval that excludes 1 and an estimate beyond the floor. `no difference` needs the whole
+    interval within the floor: a wide interval around 1 shows nothing and is `undecided`.
+
+    Fewer than three rounds are always `undecided`: one round has no spread at all, and the spread of two numbers rests on one
+    degree of freedom (its t quantile is 12.7), so that a single disturbed round can neither be seen nor outvoted.
+    """
+    if speedup.rounds < MIN_ROUNDS or speedup.low is None or speedup.high is None:
+        return "undecided"
+    if speedup.low > 1 and speedup.estimate > 1 + floor:
+        return "faster"
+    if speedup.high < 1 and speedup.estimate < 1 / (1 + floor):
+        return "slower"
+    if speedup.low >= 1 / (1 + floor) and speedup.high <= 1 + floor:
+        return "no difference"
+    return "undecided"
+
+
+def paired_difference(seeds_a: Mapping[int, float], seeds_b: Mapping[int, float]) -> Mean | None:
+    """Mean of a - b over the seeds that both have, with its t interval; None without a common seed."""
+    common = sorted(set(seeds_a) & set(seeds_b))
+    return mean_interval([seeds_a[seed] - seeds_b[seed] for seed in common]) if common else None
+
+
+def non_inferiority(difference: Mean, margin: float) -> AccuracyVerdict:
+    """Whether an arm loses no more than the margin; one seed is never a verdict.
+
+    Args:
+        difference: arm minus baseline, in points.
+        margin: largest loss, in the same points, that still counts as not worse; stated before the run.
+    """
+    if difference.count < MIN_SEEDS or difference.low is None or difference.high is None:
+        return "undecided"
+    if difference.low > -margin:
+        return "not worse"
+    return "worse" if difference.high < -margin else "undecided"
+
+
+def sensitivity(difference: Mean, margin: float) -> Sensitivity:
+    """Whether a data set can rank cross-attentions at all: taking the cross-attention away must cost more than the margin.
+
+    Where it does not, "not worse" would be true of deleting the module too, and shows nothing.
+
+    Args:
+        difference: baseline minus the arm `none`, in points.
+        margin: the non-inferiority margin in the same points.
+    """
+    if difference.count < MIN_SEEDS or difference.low is None or difference.high is None:
+        return "undecided"
+    if difference.low > margin:
+        return "can decide"
+    return "cannot decide" if difference.high <= margin else "undecided"
+
+
+def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+    """Indices of the points that no other point beats (cost at most as high, quality at least as high), by rising cost."""
+    order = sorted(range(len(costs)), key=lambda index: (costs[index], -qualities[index]))
+    front: list[int] = []
+    for index in order:
+        tie = bool(front) and (costs[index], qualities[index]) == (costs[front[-1]], qualities[front[-1]])
+        if tie or not front or qualities[index] > qualities[front[-1]]:
+            front.append(index)
+    return front
+
+
+def crossover(sizes: Sequence[float], curve_a: Sequence[float], curve_b: Sequence[float]) -> float | None:
+    """Size at which two positive curves cross for the last time, or None where one stays below the other.
+
+    Between measured sizes the ratio of the curves is taken as a power law (log-linear interpolation); nothing is extrapolated.
+    """
+    order = np.argsort(np.asarray(sizes, dtype=float))
+    x = np.log(np.asarray(sizes, dtype=float)[order])
+    gap = (_logs(curve_a) - _logs(curve_b))[order]
+    apart = np.flatnonzero(gap)
+    for left, right in reversed(list(itertools.pairwise(apart))):
+        if gap[left] * gap[right] < 0:
+            if right > left + 1:
+                return float(np.exp(x[left + 1]))
+            return float(np.exp(x[left] + (x[right] - x[left]) * gap[left] / (gap[left] - gap[right])))
+    return None
+
+
+def amdahl_bound(share: float) -> float:
+    """Largest possible speedup from making a component free that takes this share of the whole: 1 / (1 - share).
+
+    Raises:
+        ValueError: a share outside of [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share {share} is not between 0 and 1")
+    return math.inf if share == 1 else 1 / (1 - share)
+
+
+def _logs(values: Iterable[float]) -> np.ndarray:
+    array = np.asarray(list(values), dtype=float)
+    if (array <= 0).any() or not np.isfinite(array).all():
+        raise ValueError(f"latencies must be positive and finite, found {array.min()}")
+    return np.log(array)
+
+
+def _center_and_half_width(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
+    array = np.asarray(values, dtype=float)
+    center = float(array.mean())
+    if len(array) < 2:
+        return center, None
+    error = float(array.std(ddof=1)) / math.sqrt(len(array))
+    return center, _t_quantile(len(array) - 1) * error
+
+
+def _exponentiate(center: float, half: float | None, *, count: int) -> Mean:
+    low, high = (None, None) if half is None else (math.exp(center - half), math.exp(center + half))
+    return Mean(math.exp(center), low, high, count)
+
+
+def _welch_half_width(a: np.ndarray, b: np.ndarray) -> float:
+    share_a, share_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    variance = share_a + share_b
+    if variance == 0:
+        return 0.0
+    freedom = variance**2 / (share_a**2 / (len(a) - 1) + share_b**2 / (len(b) - 1))
+    return _t_quantile(freedom) * math.sqrt(variance)
+
+
+def _t_quantile(freedom: float) -> float:
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))

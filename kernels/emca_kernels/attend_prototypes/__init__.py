@@ -1,0 +1,1 @@
+"""The element-wise attention of a query to its prototype."""

@@ -1,0 +1,93 @@
+"""Which implementation serves a call, and why. `EMCA_BACKEND` overrides the choice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one operator."""
+
+    name: str
+    implementation: Callable[..., Any]
+    refuses: Callable[..., str | None]
+    """From the call's tensors to the reason why this backend cannot serve them, or None if it can."""
+
+
+_BACKENDS: dict[str, list[Backend]] = {}
+
+_served: ContextVar[dict[str, str] | None] = ContextVar("served", default=None)
+
+
+def register_backend(op: str, backend: Backend) -> None:
+    """File a backend of an operator; those filed later are preferred, the reference comes first."""
+    _BACKENDS.setdefault(op, []).append(backend)
+
+
+@contextmanager
+def record_backends() -> Iterator[dict[str, str]]:
+    """Collects operator -> "backend (reason)" of the calls made inside, for measurements."""
+    served: dict[str, str] = {}
+    token = _served.set(served)
+    try:
+        yield served
+    finally:
+        _served.reset(token)
+
+
+def choose_backend(op: str, *tensors: Tensor | None, asked: str | None = None) -> tuple[Backend, str]:
+    """The backend that serves these tensors and the reason for the choice; noted where `record_backends` listens.
+
+    Args:
+        op: name of the operator.
+        tensors: the tensors of the call.
+        asked: a backend's name; else `EMCA_BACKEND`, else the fastest that can.
+
+    Raises:
+        ValueError: unknown operator, unknown backend, or the one asked for cannot serve the call.
+    """
+    backend, reason = _choose(op, *tensors, asked=asked)
+    served = _served.get()
+    if served is not None:
+        served[op] = f"{backend.name} ({reason})"
+    return backend, reason
+
+
+def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backend, str]:
+    if op not in _BACKENDS:
+        raise ValueError(f"unknown operator {op!r}; known: {', '.join(sorted(_BACKENDS))}")
+    known = {backend.name: backend for backend in _BACKENDS[op]}
+    source = "backend" if asked else "EMCA_BACKEND"
+    asked = asked or os.environ.get("EMCA_BACKEND") or None
+    if asked is not None:
+        if asked not in known:
+            raise ValueError(f"{source}={asked!r} is no backend of {op}; known: {', '.join(sorted(known))}")
+        refusal = known[asked].refuses(*tensors)
+        if refusal:
+            raise ValueError(f"{source}={asked!r} cannot serve this call of {op}: {refusal}")
+        return known[asked], f"asked for by {source}"
+    refusals: list[str] = []
+    for backend in reversed(_BACKENDS[op]):
+        refusal = backend.refuses(*tensors)
+        if not refusal:
+            return backend, "; ".join(refusals) or ("the only one built in" if len(known) == 1 else "the fastest here")
+        refusals.append(f"{backend.name}: {refusal}")
+    raise ValueError(f"no backend of {op} serves this call: {'; '.join(refusals)}")
+
+
+def explain_backend(op: str, *tensors: Tensor | None) -> tuple[str, str]:
+    """(name, reason) of the backend that a call of `op` with these tensors would use."""
+    backend, reason = _choose(op, *tensors, asked=None)
+    return backend.name, reason
+
+
+def serves_all(*_: Tensor | None) -> None:
+    """A reference refuses nothing."""

@@ -1,0 +1,61 @@
+"""Argument checks: an error names the argument, its shape and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, tensor: object, dims: Sequence[str], sizes: dict[str, int]) -> None:
+    """Check the rank of a floating-point tensor and the sizes that its dimensions share with earlier arguments.
+
+    Args:
+        name: the argument.
+        tensor: its value.
+        dims: a name per dimension, for example ("B", "P", "C").
+        sizes: sizes known so far; new ones are added.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: another rank or size than expected.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor [{', '.join(dims)}], found {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
+    check_shape(name, tensor, dims, sizes)
+
+
+def check_shape(name: str, tensor: Tensor, dims: Sequence[str], sizes: dict[str, int]) -> None:
+    """Check rank and shared sizes as `check_tensor` does, whatever the dtype."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(dims) or any(sizes.get(dim, size) != size for dim, size in zip(dims, shape, strict=True)):
+        expected = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in dims)
+        raise ValueError(f"{name} has shape {list(shape)}, expected [{expected}]")
+    sizes.update(zip(dims, shape, strict=True))
+
+
+def check_allowed(allowed: Tensor | None, sizes: dict[str, int]) -> None:
+    """Check a mask bool [B, Q, P], True where the query may look."""
+    if allowed is None:
+        return
+    if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+        found = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+        raise TypeError(f"allowed must be a bool tensor [B, Q, P], True = may be chosen; found {found}")
+    check_shape("allowed", allowed, ("B", "Q", "P"), sizes)
+
+
+def check_same(first: str, one: Tensor, second: str, other: Tensor) -> None:
+    """Check that two arguments share device and dtype."""
+    if one.device != other.device:
+        raise ValueError(f"{second} is on {other.device}, {first} on {one.device}: expected the same device")
+    if one.dtype != other.dtype:
+        raise TypeError(f"{second} is {other.dtype}, {first} {one.dtype}: expected the same dtype")
+
+
+def check_divides(what: str, parts: int, name: str, whole: int) -> None:
+    """Check that `whole` splits into `parts`."""
+    if parts < 1 or whole % parts:
+        raise ValueError(f"{what}={parts} must divide {name}={whole}")

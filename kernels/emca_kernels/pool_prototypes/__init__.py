@@ -1,0 +1,1 @@
+"""Soft prototypes: masked softmax or masked mean of the pixel features of each query."""

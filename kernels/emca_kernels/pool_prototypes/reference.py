@@ -1,0 +1,24 @@
+"""Readable definition of soft prototypes: the oracle of every faster backend. Differentiable by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emca_kernels.select_prototypes.reference import allow_everywhere_if_empty
+
+
+def pool_prototypes(features_BPC: Tensor, queries_BQC: Tensor | None, allowed_BQP: Tensor, *, heads: int) -> Tensor:
+    """See `emca_kernels.pool_prototypes`."""
+    allowed_BQP = allow_everywhere_if_empty(allowed_BQP)
+    features_BMPC = features_BPC.unflatten(-1, (heads, -1)).transpose(1, 2)
+    if queries_BQC is None:
+        # divided first: in float16 the sum over all pixels may overflow
+        count_BQ1 = allowed_BQP.sum(-1, keepdim=True).to(torch.promote_types(features_BPC.dtype, torch.float32))
+        weights_BQP = allowed_BQP * count_BQ1.reciprocal().to(features_BPC.dtype)
+        pooled_BMQC = weights_BQP[:, None] @ features_BMPC
+    else:
+        queries_BMQC = queries_BQC.unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores_BMQP = (queries_BMQC @ features_BMPC.mT).masked_fill(~allowed_BQP[:, None], -torch.inf)
+        pooled_BMQC = scores_BMQP.softmax(-1) @ features_BMPC
+    return pooled_BMQC.transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Masked similarity-argmax and top-K: which pixels stand for each query."""

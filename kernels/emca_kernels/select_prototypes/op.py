@@ -1,0 +1,53 @@
+"""The operator `select_prototypes`: checks, backend, call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
+from emca_kernels.checks import check_allowed, check_divides, check_same, check_tensor
+from emca_kernels.select_prototypes import reference
+
+MAX_PIXELS = 1 << 30
+"""Above, a packed 32-bit (score, index) key would overflow in the fast backends."""
+
+register_backend("select_prototypes", Backend("reference", reference.select_prototypes, serves_all))
+
+
+def select_prototypes(
+    features: Tensor, queries: Tensor, allowed: Tensor | None = None, *, k: int = 1, heads: int = 1, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K most similar allowed pixels of each query, per head.
+
+    The score of a pixel is the dot product of its feature with the query, over the head's slice of channels. Of equal scores the
+    lowest pixel index wins. A query with no allowed pixel may choose everywhere. No gradient flows.
+
+    Source: EMCA and PEM-CA, the index set G (SPEC section 1).
+
+    Args:
+        features: [B, P, C] pixel features (or keys) of one level, floating point, any strides.
+        queries: [B, Q, C] same dtype and device.
+        allowed: bool [B, Q, P], True where the query may choose; None allows everything.
+        k: prototypes per query and head, 1 <= k <= P.
+        heads: splits the channels; each head chooses its own pixels. Divides C.
+        backend: a backend's name, for tests and measurements.
+
+    Returns:
+        indices int64 [B, Q, heads, k] and scores [B, Q, heads, k], best first. A slot that no allowed pixel is left for has score
+        -inf and repeats the index of the first.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was found and what was expected.
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("features", features, ("B", "P", "C"), sizes)
+    check_tensor("queries", queries, ("B", "Q", "C"), sizes)
+    check_same("features", features, "queries", queries)
+    check_allowed(allowed, sizes)
+    check_divides("heads", heads, "C", sizes["C"])
+    if not 1 <= k <= sizes["P"]:
+        raise ValueError(f"k={k} prototypes from P={sizes['P']} pixels: expected 1 <= k <= P")
+    if sizes["P"] >= MAX_PIXELS:
+        raise ValueError(f"features has P={sizes['P']} pixels, expected fewer than {MAX_PIXELS}")
+    chosen, _ = choose_backend("select_prototypes", features, queries, allowed, asked=backend)
+    return chosen.implementation(features, queries, allowed, k=k, heads=heads)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from emca_bench import stats
+from emca_bench.stats import Mean, Ratio
+
+
+def test_round_medians_takes_the_median_of_each_round_and_skips_empty_ones():
+    assert stats.round_medians({1: [3.0, 1.0, 100.0], 0: [2.0, 4.0], 2: []}) == {0: 3.0, 1: 3.0}
+
+
+def test_mean_interval_is_the_textbook_t_interval():
+    found = stats.mean_interval([1.0, 2.0, 3.0])
+    half = 4.302652729911275 / math.sqrt(3)  # t quantile at 97.5 %, 2 degrees of freedom; standard deviation 1
+    assert found == Mean(2.0, pytest.approx(2 - half), pytest.approx(2 + half), 3)
+
+
+def test_mean_interval_of_one_value_has_no_bounds():
+    assert stats.mean_interval([5.0]) == Mean(5.0, None, None, 1)
+
+
+def test_mean_interval_refuses_nothing():
+    with pytest.raises(ValueError, match="no values"):
+        stats.mean_interval([])
+
+
+def test_paired_ratio_is_above_one_where_the_second_is_faster():
+    found = stats.paired_ratio({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert found == Ratio(pytest.approx(2), pytest.approx(2), pytest.approx(2), 3)
+
+
+def test_paired_ratio_pairs_by_round_not_by_position():
+    found = stats.paired_ratio({0: 10.0, 1: 20.0, 5: 1.0}, {1: 10.0, 0: 5.0, 7: 9.0})
+    assert (found.estimate, found.rounds) == (pytest.approx(2), 2)
+
+
+def test_paired_ratio_of_one_round_has_no_interval():
+    assert stats.paired_ratio({0: 3.0}, {0: 2.0}) == Ratio(pytest.approx(1.5), None, None, 1)
+
+
+@pytest.mark.parametrize(("a", "b", "match"), [({0: 1.0}, {1: 1.0}, "no common round"), ({0: 0.0}, {0: 1.0}, "positive")])
+def test_paired_ratio_refuses_what_has_no_ratio(a, b, match):
+    with pytest.raises(ValueError, match=match):
+        stats.paired_ratio(a, b)
+
+
+def test_quotient_of_geometric_means_is_the_paired_estimate():
+    random = np.random.default_rng()
+    a, b = (dict(enumerate(random.lognormal(size=5))) for _ in range(2))
+    quotient = stats.geometric_mean(a).estimate / stats.geometric_mean(b).estimate
+    assert stats.paired_ratio(a, b).estimate == pytest.approx(quotient)
+
+
+def _interleaved(random: np.random.Generator, rounds: int, true_ratio: float) -> Ratio:
+    """Two arms under a drift of 3 % from round to round, medians of 9 calls with 5 % noise and rare spikes."""
+    drift = np.exp(np.cumsum(random.normal(0, 0.03, rounds)))
+    arms = []
+    for factor in (true_ratio, 1.0):
+        calls = factor * drift[:, None] * random.lognormal(0, 0.05, (rounds, 9)) * np.where(random.random((rounds, 9)) < 0.03, 3, 1)
+        arms.append(stats.round_medians(dict(enumerate(calls))))
+    return stats.paired_ratio(*arms)
+
+
+@pytest.mark.parametrize("rounds", [3, 7])
+def test_equal_arms_under_drift_are_rarely_called_different(rounds):
+    random = np.random.default_rng(20)
+    trials = 500
+    verdicts = [stats.speed_verdict(_interleaved(random, rounds, 1.0)) for _ in range(trials)]
+    assert sum(verdict in ("faster", "slower") for verdict in verdicts) < 0.08 * trials
+
+
+def test_the_paired_interval_covers_the_true_ratio():
+    random = np.random.default_rng(21)
+    found = [_interleaved(random, 7, 1.3) for _ in range(500)]
+    covered = sum(ratio.low <= 1.3 <= ratio.high for ratio in found if ratio.low and ratio.high)
+    assert 0.91 < covered / 500 < 0.99
+
+
+def test_a_true_difference_of_five_percent_is_found():
+    random = np.random.default_rng(22)
+    verdicts = [stats.speed_verdict(_interleaved(random, 9, 1.05)) for _ in range(300)]
+    assert verdicts.count("faster") > 0.8 * 300
+    assert verdicts.count("slower") == 0
+
+
+def test_unpaired_ratio_is_welch_on_logarithms():
+    a, b = [1.0, 1.1, 0.9, 1.05], [2.0, 2.5, 2.2]
+    from scipy.stats import ttest_ind
+
+    expected = ttest_ind(np.log(a), np.log(b), equal_var=False).confidence_interval(0.95)
+    found = stats.unpaired_ratio(a, b)
+    assert (found.low, found.high) == (pytest.approx(math.exp(expected.low)), pytest.approx(math.exp(expected.high)))
+
+
+def test_unpaired_ratio_without_spread_or_rounds():
+    assert stats.unpaired_ratio([2.0, 2.0], [1.0, 1.0]) == Ratio(pytest.approx(2), pytest.approx(2), pytest.approx(2), 2)
+    assert stats.unpaired_ratio([2.0], [1.0, 1.0]).low is None
+    with pytest.raises(ValueError, match="no rounds"):
+        stats.unpaired_ratio([], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (Ratio(1.10, 1.05, 1.15, 5), "faster"),
+        (Ratio(0.90, 0.85, 0.95, 5), "slower"),
+        (Ratio(1.00, 0.99, 1.01, 5), "no difference"),
+        (Ratio(1.01, 1.005, 1.015, 5), "no difference"),
+        (Ratio(1.015, 1.005, 1.03, 5), "undecided"),
+        (Ratio(1.00, 0.80, 1.25, 5), "undecided"),
+        (Ratio(1.10, 0.99, 1.22, 5), "undecided"),
+        (Ratio(2.00, 1.90, 2.10, 2), "undecided"),
+        (Ratio(2.00, None, None, 1), "undecided"),
+    ],
+)
+def test_speed_verdict(ratio, verdict):
+    assert stats.speed_verdict(ratio) == verdict
+
+
+def test_paired_difference_uses_common_seeds_only():
+    assert stats.paired_difference({0: 3.0, 1: 5.0, 9: 0.0}, {0: 1.0, 1: 3.0, 7: 50.0}) == Mean(2.0, 2.0, 2.0, 2)
+    assert stats.paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        (Mean(0.1, -0.3, 0.5, 3), "not worse"),
+        (Mean(-2.0, -2.5, -1.5, 3), "worse"),
+        (Mean(-0.4, -0.9, 0.1, 3), "undecided"),
+        (Mean(5.0, None, None, 1), "undecided"),
+    ],
+)
+def test_non_inferiority(difference, verdict):
+    assert stats.non_inferiority(difference, 0.5) == verdict
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        (Mean(7.0, 6.0, 8.0, 3), "can decide"),
+        (Mean(0.1, -0.2, 0.4, 3), "cannot decide"),
+        (Mean(0.6, 0.1, 1.1, 3), "undecided"),
+        (Mean(9.0, None, None, 1), "undecided"),
+    ],
+)
+def test_sensitivity(difference, verdict):
+    assert stats.sensitivity(difference, 0.5) == verdict
+
+
+def test_pareto_front_keeps_what_nothing_beats():
+    costs, qualities = [3, 1, 2, 2, 4, 1], [30, 10, 25, 20, 29, 10]
+    assert stats.pareto_front(costs, qualities) == [1, 5, 2, 0]
+
+
+def test_pareto_front_of_nothing_is_empty():
+    assert stats.pareto_front([], []) == []
+
+
+def test_crossover_of_power_laws_is_exact():
+    sizes = np.array([4096.0, 64.0, 512.0])
+    assert stats.crossover(sizes, sizes, 1000**0.5 * sizes**0.5) == pytest.approx(1000)
+
+
+def test_crossover_is_none_where_one_curve_stays_below():
+    assert stats.crossover([1, 2, 4], [1, 2, 3], [2, 3, 4]) is None
+    assert stats.crossover([1, 2], [1, 1], [1, 1]) is None
+    assert stats.crossover([7], [1], [2]) is None
+
+
+def test_crossover_on_a_measured_size_and_the_last_of_several():
+    assert stats.crossover([1, 2, 4], [1, 2, 3], [2, 2, 1]) == pytest.approx(2)
+    assert stats.crossover([1, 10, 100], [1, 4, 1], [2, 2, 2]) == pytest.approx(10 ** (1 + 0.5))
+
+
+def test_amdahl_bound():
+    assert stats.amdahl_bound(0.2) == pytest.approx(1.25)
+    assert stats.amdahl_bound(0) == 1
+    assert stats.amdahl_bound(1) == math.inf
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        stats.amdahl_bound(1.2)
