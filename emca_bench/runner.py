@@ -248,7 +248,11 @@ class Worker:
             )
         try:
             self.environment = self._read()
+        except UsageError:
+            self._stop()
+            raise
         except EOFError:
+            self._stop()
             raise UsageError(f"the measuring process did not start; its last words are in {self._folder / WORKER_LOG}") from None
 
     def _stop(self) -> None:

@@ -349,7 +349,10 @@ class _Reader:
 
     def _settings(self, table: dict[str, Any]) -> Settings:
         _known_keys(self.path, table, (entry.name for entry in fields(Settings)), "key of [settings]")
-        return Settings(**table)
+        try:
+            return Settings(**table)
+        except (UsageError, TypeError) as error:
+            raise UsageError(f"{self.path}: [settings]: {error}") from None
 
     def _expected(self, entry: dict[str, Any], arms: tuple[Arm, ...]) -> Expected:
         _known_keys(self.path, entry, (item.name for item in fields(Expected)), "key of [[expected]]")

@@ -20,9 +20,14 @@ CONFIDENCE = 0.95
 FLOOR = 0.02
 """Smallest relative difference of latency that is called one: below it, alignment and code placement decide."""
 MIN_ROUNDS = 3
-"""Fewest rounds that carry a verdict on latency."""
+"""Fewest rounds that give an interval or a verdict on latency: two rest on one degree of freedom, whose t quantile is 12.7."""
 MIN_SEEDS = 2
 """Fewest seeds that carry a verdict on accuracy."""
+
+TICKS_MS = (10.0, 4.0)
+"""Scheduler ticks of common Linux kernels (100 and 250 Hz); shorter ones cannot be told from noise."""
+MIN_TICK_SAMPLES = 20
+"""Fewest samples in which a tick is looked for."""
 
 SpeedVerdict = Literal["faster", "slower", "no difference", "undecided"]
 AccuracyVerdict = Literal["not worse", "worse", "undecided"]
@@ -31,7 +36,7 @@ Sensitivity = Literal["can decide", "cannot decide", "undecided"]
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio with its interval; `low` and `high` are None where fewer than two rounds allow none."""
+    """A ratio with its interval; `low` and `high` are None where there are fewer than MIN_ROUNDS rounds."""
 
     estimate: float
     low: float | None
@@ -112,7 +117,7 @@ def unpaired_ratio(rounds_a: Sequence[float], rounds_b: Sequence[float]) -> Rati
     a, b = _logs(rounds_a), _logs(rounds_b)
     center = float(a.mean() - b.mean())
     rounds = min(len(a), len(b))
-    if rounds < 2:
+    if rounds < MIN_ROUNDS:
         return Ratio(math.exp(center), None, None, rounds)
     half = _welch_half_width(a, b)
     return Ratio(math.exp(center), math.exp(center - half), math.exp(center + half), rounds)
@@ -213,6 +218,22 @@ def amdahl_bound(share: float) -> float:
     return math.inf if share == 1 else 1 / (1 - share)
 
 
+def scheduler_tick(samples_ms: Sequence[float]) -> float | None:
+    """Period in ms of the scheduler tick that the samples are multiples of, or None where they are spread as latencies are.
+
+    Threads that wait for each other while other processes hold the cores wait for whole ticks. Such samples repeat very well and
+    count parallel regions instead of arithmetic, so that no interval shows the trouble.
+    """
+    array = np.asarray(samples_ms, dtype=float)
+    for tick in TICKS_MS:
+        longer = array[array > tick]
+        apart = np.abs(longer - tick * np.round(longer / tick))
+        # chance puts a tenth of all samples this near to a multiple
+        if len(longer) >= MIN_TICK_SAMPLES and (apart < tick / 20).mean() > 0.5:
+            return tick
+    return None
+
+
 def _logs(values: Iterable[float]) -> np.ndarray:
     array = np.asarray(list(values), dtype=float)
     if (array <= 0).any() or not np.isfinite(array).all():
@@ -230,7 +251,7 @@ def _center_and_half_width(values: Sequence[float] | np.ndarray) -> tuple[float,
 
 
 def _exponentiate(center: float, half: float | None, *, count: int) -> Mean:
-    low, high = (None, None) if half is None else (math.exp(center - half), math.exp(center + half))
+    low, high = (None, None) if half is None or count < MIN_ROUNDS else (math.exp(center - half), math.exp(center + half))
     return Mean(math.exp(center), low, high, count)
 
 

@@ -113,6 +113,7 @@ def style() -> Iterator[None]:
 
 def files(figure: Figure) -> dict[str, bytes]:
     """The figure as SVG and as PNG at 200 dpi, free of dates and version names."""
+    _settle(figure)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
@@ -244,12 +245,13 @@ def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look],
     ax.set_ylabel("mIoU (points)")
     ax.set_title(title)
     figure.legend(loc="outside lower right", frameon=False)
+    _settle(figure)
     _point_labels(figure, ax, entries, palette)
     return figure
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -270,6 +272,16 @@ def _panels(figure: Figure, arms: Sequence[Sequence[str]], *, columns: int, extr
         ax.set_ylim(len(arms[index]) - 0.45, -0.55)
         ax.grid(False, axis="y")
     return list(grid.ravel()[: len(arms)])
+
+
+def _settle(figure: Figure) -> None:
+    """Fix the layout: its solver visits variables by address, so that unrounded positions differ in their last bits from run to run."""
+    for _ in range(2):  # tick labels of the first pass move the second
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        left, bottom, width, height = (round(float(part), 4) for part in ax.get_position().bounds)
+        ax.set_position((left, bottom, width, height))
 
 
 def _latency_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], subject: str | None) -> None:
@@ -337,6 +349,7 @@ def _mark_crossing(ax: Axes, group: SpeedGroup, subject: str, baseline: str, pal
         rotation=90,
         fontsize=6.5,
         color=palette[baseline].color,
+        path_effects=[mpl.patheffects.withStroke(linewidth=2.0, foreground="white")],
     )
 
 
@@ -465,7 +478,6 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def _point_labels(figure: Figure, ax: Axes, entries: Sequence[TradeOff], palette: dict[str, Look]) -> None:
     """Name each point beside it, where there is room."""
-    figure.draw_without_rendering()  # the layout has to be settled before boxes are compared
     unit = figure.dpi / 72
     points = [tuple(ax.transData.transform((entry.latency_ms.estimate, entry.miou.estimate))) for entry in entries]
     obstacles = [box for entry in entries for box in _drawn_boxes(ax, entry, unit)]

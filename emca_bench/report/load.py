@@ -101,6 +101,12 @@ class Run:
                     found.append((study, cells))
         return found
 
+    def scheduler_tick(self, study: Study) -> float | None:
+        """Period in ms that the latencies of a study are multiples of, which makes them worthless; None where they are not."""
+        found = [self.find(cell, "latency") for cell in distinct_cells(study)]
+        samples = [record.samples.get("latency_ms", []) for result in found if result for record in result.done.values()]
+        return stats.scheduler_tick([sample for values in samples for sample in values])
+
     def count(self, *statuses: ResultStatus) -> int:
         """Number of planned cells and measures in these states, or of all of them."""
         return sum(not statuses or result.status in statuses for result in self.results.values())

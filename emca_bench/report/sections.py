@@ -21,6 +21,7 @@ from emca_bench.stats import speed_verdict
 
 TITLE = "EMCA in Mask2Former: speed, cost and accuracy"
 
+_CONTENDED = "Other work held the same cores and threads waited for each other: run again on an idle machine, or with fewer threads."
 _CURVES = "Left: latency of one call, with 95 % intervals as bands; rings: last crossing with each baseline."
 _BOUND = "Measured bound: how many times as fast a baseline becomes without any cross-attention."
 _BOUND_HOLDS = "An arm that changes nothing else cannot gain more."
@@ -56,6 +57,10 @@ def _opening(found: Findings) -> list[Block]:
         blocks.append(
             Paragraph(f"Quick run ({names}): fewer rounds, seeds or sizes than the full study. Do not cite these numbers.", "open")
         )
+    for study in found.run.studies:
+        tick = found.run.scheduler_tick(study)
+        if tick is not None:
+            blocks.append(Paragraph(f"Latencies of {study.name} are multiples of the scheduler tick ({tick:g} ms). {_CONTENDED}", "bad"))
     return blocks
 
 

@@ -38,6 +38,7 @@ def summary(found: Findings) -> dict[str, Any]:
         "identity": dict(run.environment.identity),
         "answer": answer(found),
         "measurements": {status: sum(result.status == status for result in run.results.values()) for status in statuses},
+        "scheduler_tick_ms": {study.name: run.scheduler_tick(study) for study in run.studies if "latency" in study.measures},
         "claims": [_claim(claim) for claim in found.claims],
         "attention": [_row(group, row) for group in found.attention for row in group.rows],
         "crossovers": [entry for group in found.attention for entry in _crossings(group)],

@@ -117,7 +117,7 @@ def counts_table(groups: Sequence[Sequence[CountRow]]) -> Table:
     columns += [Column("Total GMACs", "right"), Column("Share of cross-attention", "right"), Column("Params (M)", "right")]
     rows = []
     for row in every:
-        parts = [_number(row.components.get(name), numbers.gmacs) for name in components]
+        parts = [_number(row.components.get(name, 0) if row.components else None, numbers.gmacs) for name in components]
         total = _number(row.macs, numbers.gmacs) if row.macs is not None else verdict(row.status)
         share = _number(row.attention_share, lambda share: f"{share:.1%}")
         place = [_where(name, row.cell.params) for name in where]

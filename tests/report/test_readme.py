@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from emca_bench.errors import UsageError
+from emca_bench.report.build import render
 from emca_bench.report.check import stale_files
 from emca_bench.report.load import load_run
 from emca_bench.report.readme import readme_block, update_blocks, update_readme
@@ -71,17 +72,17 @@ def test_headline_with_accuracy_alone(make_run, synthetic):
     assert block.startswith("| Cross-attention | mIoU on scenes | mIoU on camvid |")
 
 
-def test_update_readme_and_check_agree(full_run, full_report, tmp_path):
+def test_update_readme_and_check_agree(make_run, synthetic, tmp_path):
+    folder = make_run([synthetic.flops_study()])
+    render(folder)
     readme = tmp_path / "README.md"
     readme.write_text("# T\n<!-- emca:begin headline -->\n<!-- emca:end headline -->\n")
-    assert stale_files(full_run, full_report, readme=readme) == [readme]
-    update_readme(readme, full_run)
-    assert stale_files(full_run, full_report, readme=readme) == []
+    assert stale_files(folder, folder, readme=readme) == [readme]
+    update_readme(readme, folder)
+    assert stale_files(folder, folder, readme=readme) == []
 
 
 def test_check_names_edited_and_missing_files(make_run, synthetic):
-    from emca_bench.report.build import render
-
     folder = make_run([synthetic.flops_study()])
     report = render(folder)
     report.markdown_path.write_text("edited")

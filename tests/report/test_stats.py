@@ -97,8 +97,8 @@ def test_unpaired_ratio_is_welch_on_logarithms():
 
 
 def test_unpaired_ratio_without_spread_or_rounds():
-    assert stats.unpaired_ratio([2.0, 2.0], [1.0, 1.0]) == Ratio(pytest.approx(2), pytest.approx(2), pytest.approx(2), 2)
-    assert stats.unpaired_ratio([2.0], [1.0, 1.0]).low is None
+    assert stats.unpaired_ratio([2.0] * 3, [1.0] * 3) == Ratio(pytest.approx(2), pytest.approx(2), pytest.approx(2), 3)
+    assert stats.unpaired_ratio([2.0] * 2, [1.0] * 3).low is None
     with pytest.raises(ValueError, match="no rounds"):
         stats.unpaired_ratio([], [1.0])
 
@@ -183,3 +183,20 @@ def test_amdahl_bound():
     assert stats.amdahl_bound(1) == math.inf
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.amdahl_bound(1.2)
+
+
+@pytest.mark.parametrize("tick", [4.0, 10.0])
+def test_samples_in_steps_of_the_scheduler_tick_are_found(tick):
+    random = np.random.default_rng(23)
+    samples = tick * random.integers(5, 40, 30) + random.normal(0, 0.05, 30)
+    assert stats.scheduler_tick(samples) == tick
+
+
+def test_honest_samples_have_no_scheduler_tick():
+    random = np.random.default_rng(24)
+    found = [
+        stats.scheduler_tick(random.lognormal(math.log(center), 0.03, 60)) for center in (0.3, 5.0, 40.0, 160.0, 900.0) for _ in range(50)
+    ]
+    assert set(found) == {None}
+    assert stats.scheduler_tick([]) is None
+    assert stats.scheduler_tick([8.0] * 19) is None

@@ -206,7 +206,7 @@ class EMCA(CrossAttention):
             indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads)
         if self.empty_mask == "first_pixel" and allowed is not None:
             indices = _first_pixel_if_empty(indices, allowed)
-        return Chosen(indices, self._weights(scores))
+        return Chosen(indices, self._weights(scores.to(features.dtype)))
 
     def _weights(self, scores: Tensor) -> Tensor:
         if self.prototypes == 1:

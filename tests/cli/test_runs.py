@@ -1,0 +1,199 @@
+"""Whole runs through the command line: resume, interrupts, crashes, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from emca_bench.records import read_records
+from emca_bench.runner import Task, Worker, plan
+from emca_bench.specs import load_studies
+
+
+def start(study: Path, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "emca_bench", "run", str(study), "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_records(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "records.jsonl"
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"no {count} records in {folder}")
+
+
+def assert_complete(study: Path, folder: Path) -> None:
+    slots = Counter(record.slot[1:] for record in read_records(folder / "records.jsonl"))
+    expected = {(task.key, task.round) for loaded in [load_studies(study)] for task in plan(_on_cpu(loaded))}
+    assert set(slots) == expected
+    assert set(slots.values()) == {1}
+
+
+def _on_cpu(studies: list) -> list:
+    from emca_bench.runner import on_device
+
+    return on_device(studies, "cpu")
+
+
+def test_a_run_ends_with_a_report_and_a_second_one_measures_nothing(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    first = cli("run", small_study, "--out", folder)
+    assert first.returncode == 0, first.stderr
+    assert f"report: {folder / 'report.md'}" in first.stdout
+    assert (folder / "report.html").stat().st_size > 1000
+    assert_complete(small_study, folder)
+    records = (folder / "records.jsonl").read_bytes()
+    second = cli("run", small_study, "--out", folder)
+    assert second.returncode == 0
+    assert "measured 0, already there 24" in second.stderr
+    assert (folder / "records.jsonl").read_bytes() == records
+
+
+def test_kill_in_the_middle_loses_and_doubles_nothing(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    process = start(small_study, folder)
+    wait_for_records(folder, 7, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = (folder / "records.jsonl").read_bytes()
+    # the worst moment: a record half on disk
+    (folder / "records.jsonl").write_bytes(before + b'{"arm":"ma')
+    resumed = cli("run", small_study, "--out", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (folder / "records.jsonl").read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert_complete(small_study, folder)
+
+
+def test_interrupt_keeps_records_and_says_how_to_resume(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    process = start(small_study, folder)
+    wait_for_records(folder, 5, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"To resume: emca-bench run {small_study} --out {folder}" in errors
+    assert "Traceback" not in errors
+    assert cli("run", small_study, "--out", folder).returncode == 0
+    assert_complete(small_study, folder)
+
+
+def test_part_of_a_study_completes_the_whole_later(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert cli("run", small_study, "--out", folder, "--only", "arm=emca", "--only", "pixels=8x8").returncode == 0
+    assert len(read_records(folder / "records.jsonl")) == 6
+    assert "not run" in (folder / "report.md").read_text()
+    assert cli("run", small_study, "--out", folder).returncode == 0
+    assert_complete(small_study, folder)
+
+
+def test_failed_and_impossible_cells_are_rows_and_only_failed_ones_are_tried_again(cli, tmp_path: Path):
+    study = tmp_path / "troubled.toml"
+    study.write_text(
+        """
+[study]
+name = "troubled"
+title = "Troubled"
+question = "?"
+measures = ["macs"]
+[fixed]
+scope = "attention"
+batch = 1
+queries = 10
+width = 32
+[axes]
+arm = ["emca", "many", "broken"]
+pixels = ["4x4"]
+[arms.many]
+attention = "emca"
+selection = "topk_mean"
+prototypes = 17
+[arms.broken]
+attention = "emca"
+batch = -1
+"""
+    )
+    folder = tmp_path / "run"
+    first = cli("run", study, "--out", folder)
+    assert first.returncode == 1
+    assert "measured 1, already there 0, impossible 1, failed 1" in first.stderr
+    status = {record.arm: (record.status, record.reason) for record in read_records(folder / "records.jsonl")}
+    assert status["emca"] == ("ok", None)
+    assert status["many"] == ("impossible", "K=17 prototypes from P=16 pixels")
+    assert status["broken"][0] == "failed"
+    report = (folder / "report.md").read_text()
+    assert "K=17 prototypes from P=16 pixels" in report
+    second = cli("run", study, "--out", folder)
+    assert second.returncode == 1
+    assert "measured 0, already there 2, impossible 0, failed 1" in second.stderr
+
+
+def test_a_measuring_process_that_dies_costs_one_cell(small_study: Path, tmp_path: Path):
+    tasks = plan(_on_cpu(load_studies(small_study)))
+    task: Task = tasks[0]
+    with Worker(tmp_path, threads=1, device="cpu") as worker:
+        assert worker._process is not None
+        worker._process.kill()
+        worker._process.wait()
+        lost = worker.ask("macs", task)
+        assert lost["status"] == "failed"
+        assert "ended with code -9" in lost["reason"]
+        assert worker.ask("macs", task)["status"] == "ok"
+
+
+def test_records_hold_no_names_of_this_machine(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert cli("run", small_study, "--out", folder, "--only", "pixels=4x4").returncode == 0
+    import getpass
+    import platform
+
+    for name in ("records.jsonl", "environment.json", "study.lock.json", "report.md", "summary.json"):
+        text = (folder / name).read_text()
+        assert str(tmp_path) not in text, name
+        assert platform.node() not in text or len(platform.node()) < 4, name
+        assert f"/{getpass.getuser()}/" not in text, name
+
+
+def test_compare_of_a_run_with_itself_sees_no_difference(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert cli("run", small_study, "--out", folder).returncode == 0
+    result = cli("compare", folder, folder)
+    assert result.returncode == 0, result.stderr
+    assert "faster" not in result.stdout.replace("is faster", "")
+    assert "1.00" in result.stdout
+
+
+def test_plan_shows_what_is_done_and_how_long_the_rest_takes(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    before = cli("plan", small_study, "--out", folder)
+    assert "24 measurements, 0 done" in before.stdout
+    assert "unknown before the first run" in before.stdout
+    assert cli("run", small_study, "--out", folder, "--only", "arm=emca").returncode == 0
+    after = cli("plan", small_study, "--out", folder)
+    assert "24 measurements, 12 done" in after.stdout
+
+
+def test_report_check_tells_a_report_that_was_edited(cli, small_study: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert cli("run", small_study, "--out", folder, "--only", "pixels=4x4").returncode == 0
+    assert cli("report", folder, "--check").returncode == 0
+    report = folder / "report.md"
+    report.write_text(report.read_text() + "\nEverything is wonderful.\n")
+    checked = cli("report", folder, "--check")
+    assert checked.returncode == 1
+    assert "report.md" in checked.stdout
+    assert json.loads((folder / "summary.json").read_text())

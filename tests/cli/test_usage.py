@@ -1,0 +1,136 @@
+"""What a wrong call says: exit code 2, one sentence, no traceback, nothing measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from emca_bench.cli import build_parser, main
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") <= 1 or not printed.err.startswith("Traceback")
+    assert printed.err.startswith("emca-bench: ")
+    return printed.err
+
+
+def test_verbs_and_flags_are_frozen():
+    parser = build_parser()
+    (verbs,) = (action for action in parser._actions if hasattr(action, "choices") and action.choices)
+    found = {
+        name: sorted(
+            option for action in sub._actions for option in action.option_strings if option.startswith("--") and option != "--help"
+        )
+        for name, sub in verbs.choices.items()
+    }
+    study = ["--only", "--out", "--quick"]
+    assert found == {
+        "ls": [],
+        "validate": [],
+        "plan": study,
+        "run": sorted([*study, "--device", "--threads"]),
+        "report": ["--check", "--out", "--readme"],
+        "compare": [],
+        "env": ["--device"],
+    }
+
+
+def test_unknown_study(capsys: pytest.CaptureFixture[str]):
+    assert "unknown study 'fpz' (did you mean 'fps'?)" in complaint(capsys, "run", "fpz")
+
+
+def test_wrong_key_in_a_study(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path):
+    small_study.write_text(small_study.read_text().replace("queries = 10", "querys = 10"))
+    message = complaint(capsys, "run", small_study, "--out", tmp_path / "run")
+    assert "small.toml: unknown parameter 'querys' (did you mean 'queries'?)" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('arm = ["masked", "emca"]', 'arm = ["masked", "emac"]', "unknown attention 'emac' (did you mean 'emca'?)"),
+        ('[axes]\narm = ["masked", "emca"]', '[arms.emca]\nresidual = "row"\n[axes]\narm = ["masked", "emca"]', "did you mean 'raw'"),
+    ],
+    ids=["attention", "switch"],
+)
+def test_wrong_names_are_found_before_measuring(
+    capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path, old: str, new: str, words: str
+):
+    small_study.write_text(small_study.read_text().replace(old, new))
+    assert words in complaint(capsys, "run", small_study, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == b""
+
+
+def test_folder_that_cannot_be_written_is_found_before_measuring(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    message = complaint(capsys, "run", small_study, "--out", tmp_path / "file" / "run")
+    assert f"output folder {tmp_path / 'file' / 'run'} cannot be written" in message
+
+
+def test_missing_gpu(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert "finds no CUDA device" in complaint(capsys, "run", small_study, "--out", tmp_path / "run", "--device", "cuda")
+
+
+def test_missing_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("EMCA_DATASETS", raising=False)
+    message = complaint(capsys, "run", "camvid", "--quick", "--out", tmp_path / "run")
+    assert "EMCA_DATASETS" in message
+    monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
+    message = complaint(capsys, "run", "camvid", "--quick", "--out", tmp_path / "run")
+    assert str(tmp_path / "camvid") in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "arm"], "KEY=VALUE"),
+        (["--only", "arm=emac"], "did you mean 'emca'"),
+        (["--threads", "0"], "--threads 0"),
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], small_study: Path, arguments: list[str], words: str):
+    assert words in complaint(capsys, "run", small_study, *arguments)
+
+
+@pytest.mark.parametrize("verb", [["report"], ["compare", "."]])
+def test_folder_that_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: list[str]):
+    assert "is no run folder" in complaint(capsys, *verb, tmp_path)
+
+
+def test_validate_and_ls_name_everything(capsys: pytest.CaptureFixture[str], small_study: Path):
+    assert main(["validate", str(small_study)]) == 0
+    assert "small: 4 cells, macs, latency, memory" in capsys.readouterr().out
+    assert main(["ls"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("attention", "reproduce", "emca_soft", "pem_ca", "mask2former_r50", "scenes", "camvid", "mask_source"):
+        assert f"  {name} " in listed
+
+
+@pytest.mark.parametrize(
+    "statement", ["import emca_bench", "import emca_bench.cli; emca_bench.cli.build_parser()", "import emca_bench.report.build"]
+)
+def test_light_parts_do_not_import_torch(statement: str):
+    check = f"{statement}\nimport sys\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import emca_bench"], ["-m", "emca_bench", "--help"]], ids=["import", "help"])
+def test_starts_within_three_tenths_of_a_second(arguments: list[str]):
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emca_bench.errors import UsageError
+from emca_bench.measure.subjects import ImpossibleError, build_subject, check_arm
+from emca_bench.specs import Arm
+
+ATTENTION = {"scope": "attention", "pixels": "8x8", "queries": 5, "width": 32, "batch": 2, "allowed": 0.3}
+MODEL = {"model": "mask2former_tiny", "image_size": "65x97", "classes": 3, "batch": 2}
+
+
+def arm(attention: str, **switches: object) -> Arm:
+    return Arm(name=attention, attention=attention, switches=switches)  # type: ignore[arg-type]
+
+
+def test_rivals_get_the_same_inputs():
+    one = build_subject(arm("masked"), ATTENTION, seed=3).call()
+    other = build_subject(arm("masked_fused"), ATTENTION, seed=3).call()
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["decoder", "model", "end_to_end"])
+def test_scopes_return_what_they_say(scope: str):
+    result = build_subject(arm("emca"), {**MODEL, "scope": scope}, seed=0).call()
+    if scope == "end_to_end":
+        assert result.shape == (2, 65, 97)
+        assert result.dtype == torch.int64
+    else:
+        assert result.class_logits.shape == (2, 20, 4)
+        assert result.mask_logits.shape == (2, 20, 24, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_dtypes_reach_weights_and_inputs(dtype: str):
+    assert build_subject(arm("emca_soft"), {**ATTENTION, "dtype": dtype}, seed=0).call().dtype == getattr(torch, dtype)
+
+
+def test_more_prototypes_than_pixels_is_impossible():
+    with pytest.raises(ImpossibleError, match="K=70 prototypes from P=64 pixels"):
+        build_subject(arm("emca", prototypes=70, selection="topk_mean"), ATTENTION, seed=0)
+
+
+def test_missing_device_is_impossible():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ImpossibleError, match="no CUDA device"):
+        build_subject(arm("emca"), {**ATTENTION, "device": "cuda"}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "params", "words"),
+    [
+        (arm("emac"), ATTENTION, "did you mean 'emca'"),
+        (arm("emca", fold=True), ATTENTION, "did you mean 'folded'"),
+        (arm("emca", residual="row"), ATTENTION, "did you mean 'raw'"),
+        (arm("emca", heads=5), ATTENTION, "heads=5 must divide the model width 32"),
+        (arm("emca"), {**MODEL, "scope": "model", "model": "mask2former_r500"}, "did you mean 'mask2former_r50'"),
+        (arm("emca"), {**MODEL, "scope": "model", "frozen": True}, "no override 'frozen'"),
+        (arm("emca"), {**MODEL, "scope": "model", "mask_source": "feature"}, "did you mean 'features'"),
+    ],
+)
+def test_wrong_names_are_found_without_measuring(wrong: Arm, params: dict[str, object], words: str):
+    with pytest.raises(UsageError, match=words):
+        check_arm(wrong, params)
