@@ -37,8 +37,8 @@ def suite(session: nox.Session) -> None:
     stamp.write_text(made_from)
 
 
-def in_suite(session: nox.Session, tool: str, *arguments: str) -> None:
-    session.run(str(BIN / tool), *arguments, external=True)
+def in_suite(session: nox.Session, tool: str, *arguments: str, **environment: str) -> None:
+    session.run(str(BIN / tool), *arguments, external=True, env=environment)
 
 
 def run_study(session: nox.Session, study: str) -> None:
@@ -72,7 +72,8 @@ def tests(session: nox.Session) -> None:
         lint(session)
         types(session)
     suite(session)
-    in_suite(session, "pytest", *session.posargs)
+    # waiting threads sleep: tests start processes of their own, and spinning for them takes minutes
+    in_suite(session, "pytest", *session.posargs, OMP_WAIT_POLICY="PASSIVE")
 
 
 @nox.session
