@@ -349,6 +349,13 @@ def test_a_hot_softmax_is_mask_pooling() -> None:
     torch.testing.assert_close(run(soft, inputs), run(mean, inputs), **CLOSE)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_softmax_starts_at_the_temperature_of_attention(heads: int) -> None:
+    soft = build_attention("emca_soft", width=WIDTH, heads=heads)
+    assert isinstance(soft, EMCA)
+    assert soft.log_scale.exp().item() == pytest.approx(1 / math.sqrt(WIDTH / heads))
+
+
 @pytest.mark.parametrize("folded", [True, False])
 def test_the_softmax_trains_temperature_and_scores(folded: bool) -> None:
     """All allowed pixels get a gradient, and without the product a query gets one through the scores alone."""

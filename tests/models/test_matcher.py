@@ -65,6 +65,23 @@ def test_no_permutation_is_cheaper(queries: int, segments: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("every_pixel")
+def test_the_costs_are_of_class_cross_entropy_and_dice(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[np.ndarray] = []
+
+    def assign(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        given.append(costs)
+        return np.arange(3), np.arange(3)
+
+    monkeypatch.setattr(matcher, "linear_sum_assignment", assign)
+    predictions, truths = make(4, [3, 3])
+    match_segments(predictions, truths, points=16, **WEIGHTS)
+    for image, costs in enumerate(given):
+        wanted = [[cost(predictions, image, query, truths[image], segment) for segment in range(3)] for query in range(4)]
+        np.testing.assert_allclose(costs, wanted, rtol=1e-10)
+    assert len(given) == 2
+
+
+@pytest.mark.usefixtures("every_pixel")
 @pytest.mark.parametrize("name", list(WEIGHTS))
 def test_each_cost_alone_decides_where_the_others_weigh_nothing(name: str) -> None:
     """Query 1 is right in classes or in masks, query 0 in the other."""
