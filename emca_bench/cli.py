@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.verb(arguments, argv)
     except UsageError as error:
         return _complain(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
@@ -117,7 +120,7 @@ def _list_attentions() -> list[tuple[str, str]]:
 def _list_models() -> list[tuple[str, str]]:
     from emca_bench.models import MODELS
 
-    return [(name, _first_line(MODELS[name])) for name in MODELS]
+    return [(name, MODELS[name].about) for name in MODELS]
 
 
 def _list_datasets() -> list[tuple[str, str]]:

@@ -6,12 +6,23 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
 from typing import TextIO
 
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines within one task."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """The task under way: its kind and identity, seconds so far, and the share of 0..1 that is done."""
+
+    kind: str
+    identity: Hashable
+    seconds: float
+    share: float
 
 
 class Eta:
@@ -32,29 +43,21 @@ class Eta:
         self._last[identity] = seconds
         self._kinds[kind].append(seconds)
 
-    def seconds(self, *, running: tuple[str, Hashable, float, float] | None = None) -> float | None:
-        """Time to go in seconds, None as long as a kind has never been measured.
-
-        Args:
-            running: (kind, identity, seconds so far, share done) of the task under way.
-        """
-        total = 0.0
-        for kind, identity in self._todo:
-            if running is not None and running[:2] == (kind, identity) and running[3] > 0:
-                estimate = running[2] / running[3]
-                total -= running[2]
-                running = (*running[:2], estimate, 0.0)
-                total += estimate
-                continue
-            known = self._last.get(identity)
-            if known is None and self._kinds[kind]:
-                known = fmean(self._kinds[kind])
-            if known is None and running is not None and running[0] == kind and running[3] == 0.0:
-                known = running[2]
+    def seconds(self, running: Running | None = None) -> float | None:
+        """Time to go in seconds, None as long as a kind has never been measured; the task under way counts by its share."""
+        todo, left = list(self._todo), 0.0
+        means = {kind: fmean(durations) for kind, durations in self._kinds.items()}
+        if running is not None and running.share > 0:
+            whole = running.seconds / running.share
+            todo.remove((running.kind, running.identity))
+            left = whole - running.seconds
+            means.setdefault(running.kind, whole)
+        for kind, identity in todo:
+            known = self._last.get(identity, means.get(kind))
             if known is None:
                 return None
-            total += known
-        return max(total, 0.0)
+            left += known
+        return left
 
 
 def clock(seconds: float | None) -> str:
@@ -97,8 +100,8 @@ class Progress:
     def update(self, share: float, text: str) -> None:
         """The task under way is done to a share of 0..1."""
         assert self._task is not None
-        running = (*self._task, time.monotonic() - self._started, share)
-        self._display.show(self.done, self.total, f"{self._label}: {text}", self._eta.seconds(running=running))
+        running = Running(*self._task, time.monotonic() - self._started, share)
+        self._display.show(self.done, self.total, f"{self._label}: {text}", self._eta.seconds(running))
 
     def finish(self) -> None:
         """The task under way is done."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from emca_bench.errors import UsageError, did_you_mean, listing
@@ -14,154 +14,130 @@ from emca_bench.models.mask_decoder import MaskDecoder
 from emca_bench.models.pixel_decoders import PIXEL_DECODERS
 from emca_bench.registry import Registry
 
-MODELS: Registry[Callable[..., Mask2Former]] = Registry("model")
+NUMBERS = ("width", "queries", "layers", "heads", "feedforward_multiple", "mask_source")
+"""Fields of an architecture that a caller may override; so may it the options of its backbone and pixel decoder."""
 
 
-def build_model(name: str, *, num_classes: int, attention: str = "emca", **overrides: Any) -> Mask2Former:
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a model is made of.
+
+    Attributes:
+        about: one sentence for listings.
+        backbone, pixel_decoder: registry names.
+        backbone_options, pixel_decoder_options: all that their factories take, with this model's values.
+        width: C.
+        queries: Q.
+        layers: of the mask decoder.
+        heads: of its self-attention.
+        feedforward_multiple: hidden width of its feed-forward networks, in C.
+        mask_source: see `MaskDecoder`.
+    """
+
+    about: str
+    backbone: str
+    pixel_decoder: str
+    backbone_options: Mapping[str, Any] = field(default_factory=dict)
+    pixel_decoder_options: Mapping[str, Any] = field(default_factory=dict)
+    width: int
+    queries: int
+    layers: int
+    heads: int = 8
+    feedforward_multiple: int
+    mask_source: str = "logits"
+
+
+MODELS: Registry[Architecture] = Registry("model")
+
+MODELS.register("mask2former_r50")(
+    Architecture(
+        about="Mask2Former with ResNet-50: 44.0 M parameters.",
+        backbone="resnet50",
+        backbone_options={"norm": "frozen"},
+        pixel_decoder="msdeform",
+        pixel_decoder_options={"encoder_layers": 6},
+        width=256,
+        queries=100,
+        layers=9,
+        feedforward_multiple=8,
+    )
+)
+
+MODELS.register("mask2former_lite0")(
+    Architecture(
+        about="An edge model: EfficientNet-Lite0 (`pretrained` on ImageNet, `frozen`), feature pyramid.",
+        backbone="tf_efficientnet_lite0",
+        backbone_options={"pretrained": False, "frozen": False},
+        pixel_decoder="fpn",
+        width=128,
+        queries=100,
+        layers=6,
+        feedforward_multiple=4,
+    )
+)
+
+MODELS.register("mask2former_tiny")(
+    Architecture(
+        about="Small enough to train from scratch on a CPU.",
+        backbone="resnet10_quarter",
+        pixel_decoder="fpn",
+        width=64,
+        queries=20,
+        layers=3,
+        feedforward_multiple=4,
+    )
+)
+
+
+def build_model(
+    name: str, *, num_classes: int, attention: str = "emca", attention_switches: Mapping[str, Any] | None = None, **overrides: Any
+) -> Mask2Former:
     """A model by its registry name, with random weights unless a pretrained backbone is asked for.
 
     Args:
         name: "mask2former_r50", "mask2former_lite0", "mask2former_tiny", ...
         num_classes: without "no object".
         attention: registry name of the cross-attention.
-        overrides: of the model's numbers (queries, layers, width, mask_source, ...); `attention_switches` goes to the attention.
+        attention_switches: of the attention, see its factory.
+        overrides: of the architecture's numbers (queries, layers, width, mask_source, ...) and of its parts' options.
 
     Raises:
         UsageError: an unknown name or override, or a value that does not fit.
     """
-    factory = MODELS[name]
-    known = [parameter for parameter in inspect.signature(factory).parameters if parameter not in ("num_classes", "attention")]
-    for override in overrides:
-        if override not in known:
-            raise UsageError(f"model {name!r} has no override {override!r}{did_you_mean(override, known)}; known: {listing(known)}")
-    return factory(num_classes=num_classes, attention=attention, **overrides)
-
-
-def _assemble(
-    *,
-    backbone: str,
-    backbone_options: Mapping[str, Any],
-    pixel_decoder: str,
-    pixel_decoder_options: Mapping[str, Any],
-    num_classes: int,
-    attention: str,
-    attention_switches: Mapping[str, Any] | None,
-    width: int,
-    queries: int,
-    layers: int,
-    heads: int,
-    feedforward: int,
-    mask_source: str,
-) -> Mask2Former:
-    if width < 1 or width % heads:
-        raise UsageError(f"width={width} must be a multiple of the {heads} heads")
+    architecture = _overridden(name, MODELS[name], overrides)
+    width = architecture.width
+    if width < 1 or width % architecture.heads:
+        raise UsageError(f"width={width} must be a multiple of the {architecture.heads} heads")
 
     def cross_attention() -> CrossAttention:
         return build_attention(attention, width=width, **(attention_switches or {}))
 
-    body = BACKBONES[backbone](**backbone_options)
+    backbone = BACKBONES[architecture.backbone](**architecture.backbone_options)
+    pixel_decoder = PIXEL_DECODERS[architecture.pixel_decoder]
     return Mask2Former(
-        backbone=body,
-        pixel_decoder=PIXEL_DECODERS[pixel_decoder](channels=body.channels, width=width, **pixel_decoder_options),
+        backbone=backbone,
+        pixel_decoder=pixel_decoder(channels=backbone.channels, width=width, **architecture.pixel_decoder_options),
         predictor=MaskDecoder(
             attention=cross_attention,
             width=width,
             classes=num_classes,
-            queries=queries,
-            layers=layers,
-            heads=heads,
-            feedforward=feedforward,
-            mask_source=mask_source,
+            queries=architecture.queries,
+            layers=architecture.layers,
+            heads=architecture.heads,
+            feedforward=architecture.feedforward_multiple * width,
+            mask_source=architecture.mask_source,
         ),
     )
 
 
-@MODELS.register("mask2former_r50")
-def mask2former_r50(
-    *,
-    num_classes: int,
-    attention: str,
-    attention_switches: Mapping[str, Any] | None = None,
-    width: int = 256,
-    queries: int = 100,
-    layers: int = 9,
-    encoder_layers: int = 6,
-    mask_source: str = "logits",
-    backbone_norm: str = "frozen",
-) -> Mask2Former:
-    """Mask2Former with ResNet-50: 44.0 M parameters."""
-    return _assemble(
-        backbone="resnet50",
-        backbone_options={"norm": backbone_norm},
-        pixel_decoder="msdeform",
-        pixel_decoder_options={"layers": encoder_layers},
-        num_classes=num_classes,
-        attention=attention,
-        attention_switches=attention_switches,
-        width=width,
-        queries=queries,
-        layers=layers,
-        heads=8,
-        feedforward=8 * width,
-        mask_source=mask_source,
-    )
-
-
-@MODELS.register("mask2former_lite0")
-def mask2former_lite0(
-    *,
-    num_classes: int,
-    attention: str,
-    attention_switches: Mapping[str, Any] | None = None,
-    width: int = 128,
-    queries: int = 100,
-    layers: int = 6,
-    mask_source: str = "logits",
-    pretrained: bool = False,
-    frozen: bool = False,
-) -> Mask2Former:
-    """An edge model: EfficientNet-Lite0 (`pretrained` on ImageNet, `frozen`), feature pyramid."""
-    return _assemble(
-        backbone="tf_efficientnet_lite0",
-        backbone_options={"pretrained": pretrained, "frozen": frozen},
-        pixel_decoder="fpn",
-        pixel_decoder_options={},
-        num_classes=num_classes,
-        attention=attention,
-        attention_switches=attention_switches,
-        width=width,
-        queries=queries,
-        layers=layers,
-        heads=8,
-        feedforward=4 * width,
-        mask_source=mask_source,
-    )
-
-
-@MODELS.register("mask2former_tiny")
-def mask2former_tiny(
-    *,
-    num_classes: int,
-    attention: str,
-    attention_switches: Mapping[str, Any] | None = None,
-    width: int = 64,
-    queries: int = 20,
-    layers: int = 3,
-    mask_source: str = "logits",
-) -> Mask2Former:
-    """Small enough to train from scratch on a CPU in a minute."""
-    return _assemble(
-        backbone="resnet10_quarter",
-        backbone_options={},
-        pixel_decoder="fpn",
-        pixel_decoder_options={},
-        num_classes=num_classes,
-        attention=attention,
-        attention_switches=attention_switches,
-        width=width,
-        queries=queries,
-        layers=layers,
-        heads=8,
-        feedforward=4 * width,
-        mask_source=mask_source,
-    )
+def _overridden(name: str, architecture: Architecture, overrides: Mapping[str, Any]) -> Architecture:
+    options = ("backbone_options", "pixel_decoder_options")
+    homes: dict[str, str | None] = dict.fromkeys(NUMBERS)
+    homes |= {option: home for home in options for option in getattr(architecture, home)}
+    for override, value in overrides.items():
+        if override not in homes:
+            raise UsageError(f"model {name!r} has no override {override!r}{did_you_mean(override, homes)}; known: {listing(homes)}")
+        home = homes[override]
+        changed = {override: value} if home is None else {home: {**getattr(architecture, home), override: value}}
+        architecture = replace(architecture, **changed)
+    return architecture

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from emca_bench.cli import build_parser, main
 
@@ -90,6 +94,80 @@ def test_missing_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
     message = complaint(capsys, "run", "camvid", "--quick", "--out", tmp_path / "run")
     assert str(tmp_path / "camvid") in message
+
+
+REAL_IMAGES = """
+[study]
+name = "tiny"
+title = "Tiny"
+question = "?"
+measures = ["accuracy"]
+[fixed]
+scope = "end_to_end"
+model = "mask2former_tiny"
+dataset = "camvid"
+image_size = "64x64"
+batch = 1
+steps = 1
+seed = 0
+[axes]
+arm = ["none"]
+"""
+
+
+def camvid_tree(root: Path) -> Path:
+    for split in ("train", "val", "test"):
+        for kind, suffix, pixels in (
+            ("images", "jpg", np.zeros((40, 60, 3), np.uint8)),
+            ("annotations", "png", np.ones((40, 60), np.uint8)),
+        ):
+            folder = root / "camvid" / kind / split
+            folder.mkdir(parents=True)
+            Image.fromarray(pixels).save(folder / f"{split}.{suffix}")
+    return root / "camvid"
+
+
+def break_image(tree: Path) -> None:
+    path = tree / "images" / "test" / "test.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def break_label_size(tree: Path) -> None:
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(tree / "annotations" / "test" / "test.png")
+
+
+def break_label_class(tree: Path) -> None:
+    Image.fromarray(np.full((40, 60), 77, np.uint8)).save(tree / "annotations" / "test" / "test.png")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [(break_image, ["test.jpg"]), (break_label_size, ["'test'", "40x50", "40x60"]), (break_label_class, ["test.png", "77"])],
+)
+def test_broken_real_images_are_named(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    break_it: Callable[[Path], None],
+    words: list[str],
+):
+    break_it(camvid_tree(tmp_path))
+    monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
+    study = tmp_path / "tiny.toml"
+    study.write_text(REAL_IMAGES)
+    assert main(["run", str(study), "--out", str(tmp_path / "run")]) == 2
+    complained = capsys.readouterr().err.splitlines()[-1]
+    assert complained.startswith("emca-bench: ")
+    assert all(word in complained for word in words), complained
+
+
+def test_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "records.jsonl")
+
+    monkeypatch.setattr("emca_bench.runner.RecordWriter.append", full)
+    assert main(["run", str(small_study), "--out", str(tmp_path / "run")]) == 2
+    assert "cannot write records.jsonl: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

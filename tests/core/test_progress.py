@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from emca_bench.progress import Eta, Progress, clock
+from emca_bench.progress import Eta, Progress, Running, clock
 
 
 def test_eta_is_unknown_until_every_kind_was_measured():
@@ -27,7 +27,7 @@ def test_eta_uses_the_last_time_of_the_same_task():
 
 def test_eta_extrapolates_the_task_under_way():
     eta = Eta([("slow", 1), ("slow", 2)])
-    assert eta.seconds(running=("slow", 1, 30.0, 0.25)) == pytest.approx(90.0 + 120.0)
+    assert eta.seconds(Running("slow", 1, 30.0, 0.25)) == pytest.approx(90.0 + 120.0)
 
 
 def test_plain_lines_tell_count_time_and_label():

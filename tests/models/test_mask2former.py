@@ -144,7 +144,7 @@ def test_switches_reach_every_cross_attention(name: str) -> None:
         ),
         ("mask2former_tiny", {"width": 60}, "width=60 must be a multiple of the 8 heads"),
         ("mask2former_tiny", {"mask_source": "logit"}, "mask_source='logit' (did you mean 'logits'?)"),
-        ("mask2former_r50", {"backbone_norm": "frozn"}, "norm='frozn' (did you mean 'frozen'?)"),
+        ("mask2former_r50", {"norm": "frozn"}, "norm='frozn' (did you mean 'frozen'?)"),
     ],
 )
 def test_what_a_study_may_get_wrong_is_named(name: str, overrides: dict[str, Any], message: str) -> None:

@@ -157,6 +157,6 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
 
 
 @PIXEL_DECODERS.register("msdeform")
-def msdeform(*, channels: dict[str, int], width: int, layers: int = 6) -> MSDeformAttnPixelDecoder:
+def msdeform(*, channels: dict[str, int], width: int, encoder_layers: int = 6) -> MSDeformAttnPixelDecoder:
     """Mask2Former's own."""
-    return MSDeformAttnPixelDecoder(channels=channels, width=width, layers=layers)
+    return MSDeformAttnPixelDecoder(channels=channels, width=width, layers=encoder_layers)
