@@ -17,7 +17,16 @@ from emca_bench.specs import canonical_json
 
 PACKAGES = ("torch", "numpy", "scipy", "timm", "triton")
 
-MEASURED_SOURCES = ("emca_kernels", "emca_bench.models", "emca_bench.data", "emca_bench.train", "emca_bench.evaluate", "emca_bench.measure")
+MEASURED_SOURCES = (
+    "emca_kernels",
+    "emca_bench.models",
+    "emca_bench.inference",
+    "emca_bench.data",
+    "emca_bench.train",
+    "emca_bench.evaluate",
+    "emca_bench.measure",
+)
+"""Packages and modules that decide what is measured; reports, progress and the command line do not."""
 
 
 def default_threads() -> int:
@@ -56,13 +65,14 @@ def collect_environment(*, threads: int, device: str) -> dict[str, Any]:
 def source_hash() -> str:
     """12 hex digits of the source that measurements depend on."""
     digest = hashlib.sha256()
-    for package in MEASURED_SOURCES:
-        spec = importlib.util.find_spec(package)
+    for name in MEASURED_SOURCES:
+        spec = importlib.util.find_spec(name)
         assert spec is not None
-        assert spec.submodule_search_locations
-        root = Path(next(iter(spec.submodule_search_locations)))
-        for file in sorted(path for path in root.rglob("*") if path.suffix in {".py", ".cpp", ".cu", ".h"}):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+        assert spec.origin is not None
+        file = Path(spec.origin)
+        inside = file.parent.rglob("*") if spec.submodule_search_locations else [file]
+        for path in sorted(path for path in inside if path.suffix in {".py", ".cpp", ".cu", ".h"}):
+            digest.update(path.relative_to(file.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

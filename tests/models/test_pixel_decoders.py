@@ -46,7 +46,10 @@ def test_maps_at_strides_32_16_8_and_mask_features_at_4(name: str) -> None:
 @pytest.mark.parametrize("name", PIXEL_DECODERS)
 def test_every_level_reaches_the_mask_features_and_every_parameter_learns(name: str) -> None:
     decoder = PIXEL_DECODERS[name](channels=CHANNELS, width=WIDTH).double()
-    # weights of the offsets start at zero, and what flows through them with it
+    # sampling starts where no query has a say, and so no position
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
     maps = {level: features.requires_grad_() for level, features in make_maps().items()}
     mask_features, pyramid = decoder(maps)
     sum((features * torch.randn_like(features)).sum() for features in (mask_features, *pyramid)).backward()  # type: ignore[union-attr]

@@ -167,8 +167,7 @@ class EMCA(CrossAttention):
     def _folds(self, queries: int) -> bool:
         if self.folded is not None:
             return self.folded
-        passes = 2 if self.selection == "softmax" else 1
-        return not self.normalize_keys and passes * self.heads * queries < self.width + passes * queries
+        return not self.normalize_keys and self._macs_per_pixel(queries, folded=True) < self._macs_per_pixel(queries, folded=False)
 
     def _prototypes_from_keys(self, keys_BPD: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
         if self.selection == "mean":
@@ -217,20 +216,18 @@ class EMCA(CrossAttention):
         return filled / filled.sum(-1, keepdim=True)
 
     def macs(self, *, pixels: int, queries: int) -> int:
-        """Keys or folded queries, scores, pooling and the local convolution; the projections of the queries and prototypes."""
-        width, heads = self.width, self.heads
-        folds = self._folds(queries)
-        scored = {"mean": 1, "softmax": 2, "random": 0}.get(self.selection, 1)
-        over_heads = heads if folds and self.selection != "mean" else 1
-        per_pixel = scored * over_heads * queries * width
-        if not folds:
-            per_pixel += width * width
-        if self.local_conv is not None:
-            per_pixel += 9 * width
-        projections = 3
-        if folds:
-            projections += 1 if self.selection == "mean" else 2
-        return pixels * per_pixel + projections * queries * width * width
+        """What grows with the pixels, and the projections of queries and prototypes: Q, A, out, and folding them in and out."""
+        folded = self._folds(queries)
+        projections = 3 + (0 if not folded else 1 if self.selection == "mean" else 2)
+        return pixels * self._macs_per_pixel(queries, folded=folded) + projections * queries * self.width**2
+
+    def _macs_per_pixel(self, queries: int, *, folded: bool) -> int:
+        """Keys, scores and pooling, local convolution. Folded, each head scores and pools all channels."""
+        passes = {"random": 0, "mean": 1, "softmax": 2}.get(self.selection, 1)
+        heads = self.heads if folded and self.selection != "mean" else 1
+        keys = 0 if folded else self.width**2
+        local = 0 if self.local_conv is None else 9 * self.width
+        return passes * heads * queries * self.width + keys + local
 
 
 def _mask_or_full(allowed: Tensor | None, features: Tensor, queries: Tensor) -> Tensor:
