@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -217,6 +218,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         raise UsageError(f"--threads {arguments.threads}: expected at least 1")
     part, whole, folder = _load(arguments)
     command = shlex.join(["emca-bench", *argv])
+    # a polite kill (timeout, a batch system) leaves as Ctrl-C does: the measuring process stopped, the way to resume said
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcome = runner.run(part, folder, whole=whole, threads=arguments.threads, device=arguments.device, command=_portable(arguments))
     except KeyboardInterrupt:

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emca_bench.models.predictions import Predictions
-
-MASK_STRIDE = 4
+from emca_bench.models.predictions import MASK_STRIDE, Predictions
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class PanopticSegment:
     score: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panoptic:
     """Panoptic result of one image: int32 [H, W] segment ids, 0 for none, and one entry per id."""
 
@@ -35,7 +33,7 @@ class Panoptic:
     segments: tuple[PanopticSegment, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instances:
     """Instance result of one image, best first: scores [N] in 0..1, class indices int64 [N], masks bool [N, H, W]."""
 

@@ -1,16 +1,23 @@
-"""Fixtures that all tests share."""
+"""Fresh random numbers for every test, reproducible from the seed that a failure shows."""
 
 from __future__ import annotations
 
+import os
 import secrets
 
 import pytest
+import torch
 
 
-@pytest.fixture
-def seed(record_property: pytest.RecordProperty) -> int:
-    """A fresh seed for every test; pytest prints it when the test fails."""
-    value = secrets.randbits(32)
-    print(f"seed {value}")
-    record_property("seed", value)
-    return value
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """A new seed, or EMCA_TEST_SEED; torch starts from it, and pytest shows it with a failure."""
+    chosen = int(os.environ.get("EMCA_TEST_SEED") or secrets.randbits(31))
+    print(f"EMCA_TEST_SEED={chosen}")
+    torch.manual_seed(chosen)
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _own_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMCA_BACKEND", raising=False)

@@ -24,7 +24,7 @@ class Targets:
     Attributes:
         labels: int64 [T], class indices.
         masks: bool [T, H, W], disjoint.
-        valid: bool [H, W], False for ignored pixels and padding, which count neither as object nor as background.
+        valid: bool [H, W], False for ignored pixels and padding. Metrics leave them out; the published loss takes them as background.
     """
 
     labels: Tensor

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from emca_bench.errors import UsageError, did_you_mean, listing
-from emca_bench.inference import MASK_STRIDE, semantic
+from emca_bench.inference import semantic
 from emca_bench.models import CrossAttention, build_attention, build_model
 from emca_bench.models.mask2former import SIZE_DIVISIBILITY
+from emca_bench.models.predictions import MASK_STRIDE
 from emca_bench.specs import Arm, parse_size
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from emca_bench.models.matcher import Match, Segments, match_segments
 from emca_bench.models.point_sampling import sample_points, uncertain_points
-from emca_bench.models.predictions import Predictions
+from emca_bench.models.predictions import MASK_STRIDE, Predictions
 
 
 class Criterion(nn.Module):
@@ -47,7 +48,14 @@ class Criterion(nn.Module):
         self.register_buffer("empty_weight", weight)
 
     def forward(self, predictions: Predictions, targets: Sequence[Segments]) -> dict[str, Tensor]:
-        """Unweighted losses, the last prediction's under `loss_ce`, `loss_mask`, `loss_dice`, earlier ones with `_0`, `_1`, ..."""
+        """Unweighted losses, the last prediction's under `loss_ce`, `loss_mask`, `loss_dice`, earlier ones with `_0`, `_1`, ...
+
+        Half-precision predictions are compared in float32. Ignored pixels are background of every mask, as in the published loss.
+
+        Raises:
+            ValueError: masks of another size than the padded input that the predictions cover.
+        """
+        _check_sizes(predictions, targets)
         losses = self._losses(predictions, targets)
         for index, earlier in enumerate(predictions.auxiliary):
             losses |= {f"{name}_{index}": loss for name, loss in self._losses(earlier, targets).items()}
@@ -59,6 +67,7 @@ class Criterion(nn.Module):
         return torch.stack(terms).sum()
 
     def _losses(self, predictions: Predictions, targets: Sequence[Segments]) -> dict[str, Tensor]:
+        predictions = _at_least_float32(predictions)
         matches = match_segments(
             predictions,
             targets,
@@ -90,3 +99,18 @@ class Criterion(nn.Module):
         overlap = 2 * (probability * true_NS).sum(-1)
         dice = (1 - (overlap + 1) / (probability.sum(-1) + true_NS.sum(-1) + 1)).sum() / segments
         return {"loss_mask": cross_entropy, "loss_dice": dice}
+
+
+def _at_least_float32(predictions: Predictions) -> Predictions:
+    if predictions.mask_logits.dtype not in (torch.float16, torch.bfloat16):
+        return predictions
+    return replace(predictions, class_logits=predictions.class_logits.float(), mask_logits=predictions.mask_logits.float())
+
+
+def _check_sizes(predictions: Predictions, targets: Sequence[Segments]) -> None:
+    """Points are relative to the map, so that masks of an unpadded size would misalign silently."""
+    expected = tuple(MASK_STRIDE * int(size) for size in predictions.mask_logits.shape[-2:])
+    for index, target in enumerate(targets):
+        if tuple(target.masks.shape[-2:]) != expected:
+            found = list(target.masks.shape)
+            raise ValueError(f"masks of target {index} have shape {found}, expected [T, {expected[0]}, {expected[1]}], the padded input")

@@ -169,6 +169,7 @@ class MaskDecoder(nn.Module):
             prediction = None
             if auxiliary or resized is None:
                 prediction = self._predict(queries, mask_features, image_size)
+            if auxiliary and prediction is not None:
                 earlier.append(prediction)
             if resized is None:
                 assert prediction is not None

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+MASK_STRIDE = 4
+"""Pixels of the input, in each direction, that one pixel of the mask logits stands for."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """A class and a mask per query.
 

@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from emca_bench.records import read_records
 from emca_bench.runner import Task, Worker, plan
 from emca_bench.specs import load_studies
@@ -79,11 +81,12 @@ def test_kill_in_the_middle_loses_and_doubles_nothing(cli, small_study: Path, tm
     assert_complete(small_study, folder)
 
 
-def test_interrupt_keeps_records_and_says_how_to_resume(cli, small_study: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_keeps_records_and_says_how_to_resume(cli, small_study: Path, tmp_path: Path, kind: signal.Signals):
     folder = tmp_path / "run"
     process = start(small_study, folder)
     wait_for_records(folder, 5, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"To resume: emca-bench run {small_study} --out {folder}" in errors

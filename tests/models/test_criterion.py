@@ -116,13 +116,14 @@ def test_a_constant_map_has_closed_losses(fix: Callable[[list[Match], Tensor], N
 
 
 def test_perfect_masks_cost_next_to_nothing_and_inverted_ones_much(fix: Callable[[list[Match], Tensor], None]) -> None:
-    truth = Truth(torch.tensor([0, 2]), torch.rand(2, 16, 16) < 0.5)
+    coarse = torch.rand(2, 16, 16) < 0.5
+    truth = Truth(torch.tensor([0, 2]), coarse.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2))
     centres = (torch.randint(16, (2, POINTS, 2)) + 0.5).double() / 16
     fix([Match(torch.tensor([0, 3]), torch.tensor([1, 0]))], centres)
     costs = {}
     for sign in (1, -1):
         predictions = make_predictions(1)
-        predictions.mask_logits.data[0, [3, 0]] = sign * 25 * (2 * truth.masks.double() - 1)
+        predictions.mask_logits.data[0, [3, 0]] = sign * 25 * (2 * coarse.double() - 1)
         predictions.class_logits.data.fill_(-25)
         wanted = [2, CLASSES, CLASSES, 0, CLASSES]
         predictions.class_logits.data[0, range(QUERIES), wanted] = 25
@@ -182,3 +183,24 @@ def test_a_model_gets_finite_gradients_in_every_parameter(attention: str) -> Non
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("size", [(60, 64), (64, 16), (16, 16)])
+def test_masks_of_another_size_than_the_padded_input_are_refused(size: tuple[int, int]) -> None:
+    predictions = make_predictions(1)
+    truth = Truth(torch.tensor([0]), torch.zeros(1, *size, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"target 0 have shape .*, expected \[T, 64, 64\]"):
+        Criterion(classes=CLASSES, points=POINTS)(predictions, [truth])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_predictions_are_compared_in_float32(dtype: torch.dtype) -> None:
+    model = build_model("mask2former_tiny", num_classes=CLASSES).train()
+    predictions = model(255 * torch.rand(1, 3, 64, 64))
+    half = Predictions(
+        predictions.class_logits.to(dtype), predictions.mask_logits.to(dtype), predictions.image_size, auxiliary=predictions.auxiliary[:1]
+    )
+    truth = Truth(torch.tensor([0]), torch.rand(1, 64, 64) < 0.5)
+    losses = Criterion(classes=CLASSES, points=POINTS)(half, [truth])
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    Criterion(classes=CLASSES, points=POINTS).total(losses).backward()

@@ -373,13 +373,16 @@ def test_the_softmax_trains_temperature_and_scores(folded: bool) -> None:
     assert module.log_scale.grad.item() != 0
 
 
-@pytest.mark.parametrize(
-    ("name", "queries", "folds"), [("emca", 100, True), ("emca_soft", 100, True), ("mask_pooling", 100, True), ("pem_ca", 100, False)]
-)
-def test_presets_fold_where_that_is_cheaper(name: str, queries: int, folds: bool) -> None:
-    module = build_attention(name, width=256)
-    assert isinstance(module, EMCA)
-    assert module._folds(queries) is folds
+@pytest.mark.parametrize("pixels", [64, 199, 201, 4096])
+@pytest.mark.parametrize("name", ["emca", "emca_soft", "mask_pooling", "pem_ca"])
+def test_presets_fold_where_that_is_cheaper(name: str, pixels: int) -> None:
+    automatic, plain = (build_attention(name, width=256, **switches) for switches in ({}, {"folded": False} if name != "pem_ca" else {}))
+    assert isinstance(automatic, EMCA)
+    # folding costs two projections of the queries (one for a mean) and saves one of the pixels
+    pays = {"pem_ca": False, "mask_pooling": pixels > 100}.get(name, pixels > 200)
+    cheaper = automatic.macs(pixels=pixels, queries=100) < plain.macs(pixels=pixels, queries=100)
+    assert automatic._folds(pixels, 100) is pays
+    assert cheaper is pays
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])

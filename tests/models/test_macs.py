@@ -76,7 +76,7 @@ def test_both_baselines_are_counted_alike(name: str) -> None:
 )
 def test_multiply_adds_a_pixel_are_those_of_the_definition(name: str, switches: dict[str, Any], macs_a_pixel: int) -> None:
     module = build_attention(name, width=WIDTH, **switches)
-    assert module.macs(pixels=1001, queries=QUERIES) - module.macs(pixels=1, queries=QUERIES) == 1000 * macs_a_pixel
+    assert module.macs(pixels=2000, queries=QUERIES) - module.macs(pixels=1000, queries=QUERIES) == 1000 * macs_a_pixel
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_every_level_reaches_the_mask_features_and_every_parameter_learns(name: 
             nn.init.normal_(parameter, std=0.1)
     maps = {level: features.requires_grad_() for level, features in make_maps().items()}
     mask_features, pyramid = decoder(maps)
-    sum((features * torch.randn_like(features)).sum() for features in (mask_features, *pyramid)).backward()  # type: ignore[union-attr]
+    sum((features * torch.randn_like(features)).sum() for features in (mask_features, *pyramid)).backward()
     for path, parameter in decoder.named_parameters():
         assert parameter.grad is not None, path
         assert parameter.grad.isfinite().all(), path

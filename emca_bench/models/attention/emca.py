@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from emca_kernels import attend_prototypes, pool_prototypes, select_prototypes
 from emca_kernels.attend_prototypes.op import NORM_AXES
-from emca_kernels.select_prototypes.reference import allow_everywhere_if_empty
+from emca_kernels.masks import allow_everywhere_if_empty
 from torch import Tensor, nn
 
 from emca_bench.errors import UsageError, did_you_mean
@@ -143,7 +143,7 @@ class EMCA(CrossAttention):
         projected_BQD = self.query_projection(located if self.query_norm is None else self.query_norm(located))
         compared_BQD = F.normalize(projected_BQD, dim=-1) if self.normalize_keys else projected_BQD
 
-        if self._folds(queries.shape[1]):
+        if self._folds(features.shape[1], queries.shape[1]):
             prototypes_BQD = self._prototypes_folded(source_BPC, compared_BQD, allowed)
         else:
             prototypes_BQD = self._prototypes_from_keys(self.keys(source_BPC), compared_BQD, allowed)
@@ -164,10 +164,12 @@ class EMCA(CrossAttention):
         keys_BPD = self.key_projection(source_BPC)
         return F.normalize(keys_BPD, dim=-1) if self.normalize_keys else keys_BPD
 
-    def _folds(self, queries: int) -> bool:
+    def _folds(self, pixels: int, queries: int) -> bool:
         if self.folded is not None:
             return self.folded
-        return not self.normalize_keys and self._macs_per_pixel(queries, folded=True) < self._macs_per_pixel(queries, folded=False)
+        if self.normalize_keys:
+            return False
+        return self._macs(pixels, queries, folded=True) < self._macs(pixels, queries, folded=False)
 
     def _prototypes_from_keys(self, keys_BPD: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
         if self.selection == "mean":
@@ -216,18 +218,20 @@ class EMCA(CrossAttention):
         return filled / filled.sum(-1, keepdim=True)
 
     def macs(self, *, pixels: int, queries: int) -> int:
-        """What grows with the pixels, and the projections of queries and prototypes: Q, A, out, and folding them in and out."""
-        folded = self._folds(queries)
-        projections = 3 + (0 if not folded else 1 if self.selection == "mean" else 2)
-        return pixels * self._macs_per_pixel(queries, folded=folded) + projections * queries * self.width**2
+        """See `CrossAttention.macs`."""
+        return self._macs(pixels, queries, folded=self._folds(pixels, queries))
 
-    def _macs_per_pixel(self, queries: int, *, folded: bool) -> int:
-        """Keys, scores and pooling, local convolution. Folded, each head scores and pools all channels."""
+    def _macs(self, pixels: int, queries: int, *, folded: bool) -> int:
+        """Keys, scores and pooling, local convolution; then the projections Q, A and out, and folding in and out.
+
+        Folded, each head scores and pools all channels.
+        """
         passes = {"random": 0, "mean": 1, "softmax": 2}.get(self.selection, 1)
         heads = self.heads if folded and self.selection != "mean" else 1
         keys = 0 if folded else self.width**2
         local = 0 if self.local_conv is None else 9 * self.width
-        return passes * heads * queries * self.width + keys + local
+        projections = 3 + (0 if not folded else 1 if self.selection == "mean" else 2)
+        return pixels * (passes * heads * queries * self.width + keys + local) + projections * queries * self.width**2
 
 
 def _mask_or_full(allowed: Tensor | None, features: Tensor, queries: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from emca_kernels.select_prototypes.reference import allow_everywhere_if_empty
+from emca_kernels.masks import allow_everywhere_if_empty
 from torch import Tensor, nn
 
 from emca_bench.errors import UsageError

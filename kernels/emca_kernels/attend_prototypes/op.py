@@ -53,6 +53,14 @@ def attend_prototypes(
     check_tensor("alpha", alpha, ("D",), sizes)
     check_tensor("out_weight", out_weight, ("C", "D"), sizes)
     check_tensor("out_bias", out_bias, ("C",), sizes)
+    for name, parameter in (
+        ("product_weight", product_weight),
+        ("product_bias", product_bias),
+        ("alpha", alpha),
+        ("out_weight", out_weight),
+        ("out_bias", out_bias),
+    ):
+        check_same("prototypes", prototypes, name, parameter)
     if norm_axis not in NORM_AXES:
         raise ValueError(f"norm_axis={norm_axis!r}, expected one of {', '.join(NORM_AXES)}")
     chosen, _ = choose_backend("attend_prototypes", prototypes, queries, asked=backend)

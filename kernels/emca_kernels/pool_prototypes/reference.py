@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emca_kernels.select_prototypes.reference import allow_everywhere_if_empty
+from emca_kernels.masks import allow_everywhere_if_empty
 
 
 def pool_prototypes(features_BPC: Tensor, queries_BQC: Tensor | None, allowed_BQP: Tensor, *, heads: int) -> Tensor:
