@@ -29,7 +29,8 @@ def answer(found: Findings) -> str:
         sentences.append(f"{done} of {planned} planned measurements are complete.")
     sentences += [_attention(group) for group in found.attention[:1]]
     sentences += [_model(found)]
-    sentences += [_bound(found.model_counts[-1])] if found.model_counts else []
+    counts = [rows for rows in found.model_counts if rows[0].cell.params["model"] == found.model_counts[0][0].cell.params["model"]]
+    sentences += [_bound(counts[-1])] if counts else []
     sentences += [_accuracy(group) for group in found.accuracy]
     sentences.append(_claims(found))
     return " ".join(sentence for sentence in sentences if sentence)
@@ -57,7 +58,10 @@ def _comparisons(row: SpeedRow) -> str:
 
 def _model(found: Findings) -> str:
     for scope in ("end_to_end", "model", "decoder"):
-        for group in reversed([group for group in found.models if group.shared.get("scope") == scope]):
+        groups = [group for group in found.models if group.shared.get("scope") == scope and group.rows]
+        # the first model that a study names is what the run is about; of its sizes the largest
+        about = groups[0].rows[0].cell.params["model"] if groups else None
+        for group in reversed([group for group in groups if group.rows[0].cell.params["model"] == about]):
             row = next((row for row in group.rows if row.arm == subject(group.study) and row.speedups), None)
             if row is None:
                 continue
