@@ -13,7 +13,6 @@ from emca_bench.errors import UsageError, did_you_mean, listing
 from emca_bench.inference import semantic
 from emca_bench.models import CrossAttention, build_attention, build_model
 from emca_bench.models.mask2former import SIZE_DIVISIBILITY
-from emca_bench.models.predictions import MASK_STRIDE
 from emca_bench.specs import Arm, parse_size
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,25 +133,25 @@ def _model_subject(arm: Arm, params: Mapping[str, Any], maker: _Maker) -> Subjec
     pixels = tuple(levels[index % 3][0] * levels[index % 3][1] for index in range(len(predictor.transformer_cross_attention_layers)))
     queries = predictor.query_feat.num_embeddings
 
+    module = maker.place(model)
+    images = maker.normal(batch, 3, height, width).mul_(50).add_(128)
     call: Callable[[], Any]
     if params["scope"] == "decoder":
-        module = maker.place(predictor)
-        stride4 = maker.normal(batch, predictor.width, padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE)
-        pyramid = [maker.normal(batch, predictor.width, *level) for level in levels]
+        # features as the pixel decoder hands them over: the time of an attention depends on their memory layout
+        with torch.no_grad():
+            mask_features, pyramid = model.sem_seg_head.pixel_decoder(model.backbone_maps(images))
+        module = predictor
 
         def call() -> Any:
-            return module(stride4, pyramid, image_size=(height, width))
+            return predictor(mask_features, pyramid, image_size=(height, width))
+    elif params["scope"] == "model":
+
+        def call() -> Any:
+            return model(images)
     else:
-        module = maker.place(model)
-        images = maker.normal(batch, 3, height, width).mul_(50).add_(128)
-        if params["scope"] == "model":
 
-            def call() -> Any:
-                return module(images)
-        else:
-
-            def call() -> Any:
-                return semantic(module(images), (height, width))
+        def call() -> Any:
+            return semantic(model(images), (height, width))
 
     return Subject(module, call, pixels, queries, batch)
 

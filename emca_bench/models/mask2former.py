@@ -54,7 +54,10 @@ class Mask2Former(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images has shape {list(images.shape)} and {images.dtype}, expected floating point [B, 3, H, W] in 0..255")
+        return self.sem_seg_head(self.backbone_maps(images), image_size=(int(images.shape[-2]), int(images.shape[-1])))
+
+    def backbone_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of the normalised and padded images, by level."""
         height, width = int(images.shape[-2]), int(images.shape[-1])
         normalised = (images - self.pixel_mean) / self.pixel_std
-        padded = F.pad(normalised, (0, -width % SIZE_DIVISIBILITY, 0, -height % SIZE_DIVISIBILITY))
-        return self.sem_seg_head(self.backbone(padded), image_size=(height, width))
+        return self.backbone(F.pad(normalised, (0, -width % SIZE_DIVISIBILITY, 0, -height % SIZE_DIVISIBILITY)))

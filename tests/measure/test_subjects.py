@@ -32,6 +32,12 @@ def test_scopes_return_what_they_say(scope: str):
         assert result.mask_logits.shape == (2, 20, 24, 32)
 
 
+def test_decoder_is_measured_on_what_the_pixel_decoder_hands_over():
+    decoder, model = (build_subject(arm("masked"), {**MODEL, "scope": scope}, seed=4).call() for scope in ("decoder", "model"))
+    assert torch.equal(decoder.class_logits, model.class_logits)
+    assert torch.equal(decoder.mask_logits, model.mask_logits)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_dtypes_reach_weights_and_inputs(dtype: str):
     assert build_subject(arm("emca_soft"), {**ATTENTION, "dtype": dtype}, seed=0).call().dtype == getattr(torch, dtype)
