@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,24 +68,29 @@ def test_another_schema_is_refused(tmp_path: Path):
         read_records(path)
 
 
-def _append_elsewhere(path: Path, answers: multiprocessing.Queue[str]) -> None:
-    try:
-        write(path, record(9))
-        answers.put("written")
-    except UsageError as error:
-        answers.put(str(error))
+OPEN_ELSEWHERE = """
+import sys
+from pathlib import Path
+from emca_bench.errors import UsageError
+from emca_bench.records import RecordWriter
+try:
+    with RecordWriter(Path(sys.argv[1])):
+        print("opened")
+except UsageError as error:
+    print(error)
+"""
 
 
 def test_two_runs_cannot_write_the_same_file(tmp_path: Path):
     path = tmp_path / "records.jsonl"
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
+
+    def open_elsewhere() -> str:
+        return subprocess.run([sys.executable, "-c", OPEN_ELSEWHERE, str(path)], capture_output=True, text=True, check=True).stdout
+
     with RecordWriter(path) as writer:
-        other = spawn.Process(target=_append_elsewhere, args=(path, answers))
-        other.start()
-        assert "another run" in answers.get(timeout=60)
-        other.join()
+        assert "being written by another run" in open_elsewhere()
         writer.append(record(1))
+    assert open_elsewhere().strip() == "opened"
     assert read_records(path) == [record(1)]
 
 
