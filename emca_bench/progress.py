@@ -43,9 +43,16 @@ class Eta:
         self._last[identity] = seconds
         self._kinds[kind].append(seconds)
 
-    def seconds(self, running: Running | None = None) -> float | None:
-        """Time to go in seconds, None as long as a kind has never been measured; the task under way counts by its share."""
-        todo, left = list(self._todo), 0.0
+    def text(self, running: Running | None = None) -> str:
+        """Time to go, `at least` that of the known tasks as long as a kind has never been measured, `?` where nothing is known."""
+        seconds, unknown = self.seconds(running)
+        if not unknown:
+            return clock(seconds)
+        return f"at least {clock(seconds)}" if seconds else "?"
+
+    def seconds(self, running: Running | None = None) -> tuple[float, int]:
+        """Time to go of the tasks whose cost is known, in seconds, and the number of the others; the task under way counts by its share."""
+        todo, left, unknown = list(self._todo), 0.0, 0
         means = {kind: fmean(durations) for kind, durations in self._kinds.items()}
         if running is not None and running.share > 0:
             whole = running.seconds / running.share
@@ -55,15 +62,14 @@ class Eta:
         for kind, identity in todo:
             known = self._last.get(identity, means.get(kind))
             if known is None:
-                return None
-            left += known
-        return left
+                unknown += 1
+            else:
+                left += known
+        return left, unknown
 
 
-def clock(seconds: float | None) -> str:
-    """`1:05` or `2:01:05`; `?` where unknown."""
-    if seconds is None:
-        return "?"
+def clock(seconds: float) -> str:
+    """`1:05` or `2:01:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -95,20 +101,20 @@ class Progress:
     def start(self, kind: str, identity: Hashable, label: str) -> None:
         """A task begins."""
         self._task, self._label, self._started = (kind, identity), label, time.monotonic()
-        self._display.show(self.done, self.total, label, self._eta.seconds(), force=self.done == 0)
+        self._display.show(self.done, self.total, label, self._eta.text(), force=self.done == 0)
 
     def update(self, share: float, text: str) -> None:
         """The task under way is done to a share of 0..1."""
         assert self._task is not None
         running = Running(*self._task, time.monotonic() - self._started, share)
-        self._display.show(self.done, self.total, f"{self._label}: {text}", self._eta.seconds(running))
+        self._display.show(self.done, self.total, f"{self._label}: {text}", self._eta.text(running))
 
     def finish(self) -> None:
         """The task under way is done."""
         assert self._task is not None
         self._eta.finished(*self._task, time.monotonic() - self._started)
         self.done += 1
-        self._display.show(self.done, self.total, self._label, self._eta.seconds(), force=self.done == self.total)
+        self._display.show(self.done, self.total, self._label, self._eta.text(), force=self.done == self.total)
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -122,11 +128,11 @@ class _Lines:
         self._stream = stream
         self._shown = -PLAIN_SECONDS
 
-    def show(self, done: int, total: int, label: str, eta: float | None, *, force: bool = False) -> None:
+    def show(self, done: int, total: int, label: str, eta: str, *, force: bool = False) -> None:
         now = time.monotonic()
         if force or now - self._shown >= PLAIN_SECONDS:
             self._shown = now
-            self.note(f"[{done}/{total}] to go {clock(eta)} | {label}")
+            self.note(f"[{done}/{total}] to go {eta} | {label}")
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -154,8 +160,8 @@ class _Bar:
         self._task = self._progress.add_task("", total=total, eta="?")
         self._progress.start()
 
-    def show(self, done: int, total: int, label: str, eta: float | None, *, force: bool = False) -> None:
-        self._progress.update(self._task, completed=done, description=label, eta=clock(eta), refresh=True)
+    def show(self, done: int, total: int, label: str, eta: str, *, force: bool = False) -> None:
+        self._progress.update(self._task, completed=done, description=label, eta=eta, refresh=True)
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)
