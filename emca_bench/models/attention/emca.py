@@ -137,16 +137,16 @@ class EMCA(CrossAttention):
     ) -> Tensor:
         """See `CrossAttention.forward`."""
         located = with_position(queries, query_pos) if self.positions else queries
-        source_BPC = with_position(features, feature_pos) if self.positions else features
+        source_BPC, position_BPC = features, feature_pos if self.positions else None
         if self.local_conv is not None:
-            source_BPC = self.local_conv(source_BPC, shape)
+            source_BPC, position_BPC = self.local_conv(with_position(features, position_BPC), shape), None
         projected_BQD = self.query_projection(located if self.query_norm is None else self.query_norm(located))
         compared_BQD = F.normalize(projected_BQD, dim=-1) if self.normalize_keys else projected_BQD
 
         if self._folds(features.shape[1], queries.shape[1]):
-            prototypes_BQD = self._prototypes_folded(source_BPC, compared_BQD, allowed)
+            prototypes_BQD = self._prototypes_folded(source_BPC, position_BPC, compared_BQD, allowed)
         else:
-            prototypes_BQD = self._prototypes_from_keys(self.keys(source_BPC), compared_BQD, allowed)
+            prototypes_BQD = self._prototypes_from_keys(self.keys(with_position(source_BPC, position_BPC)), compared_BQD, allowed)
         update = attend_prototypes(
             prototypes_BQD,
             compared_BQD,
@@ -180,31 +180,34 @@ class EMCA(CrossAttention):
         keys_BMPd = keys_BPD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return _gather_mean(keys_BMPd, chosen).flatten(2)
 
-    def _prototypes_folded(self, source_BPC: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
+    def _prototypes_folded(self, source_BPC: Tensor, position_BPC: Tensor | None, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
         """The same prototypes from raw features: with queries folded per head, rows are projected after they are gathered."""
         if self.selection == "mean":
-            pooled_BQC = pool_prototypes(source_BPC, None, _mask_or_full(allowed, source_BPC, queries_BQD)).flatten(2)
-            return self.key_projection(pooled_BQC)
+            full = _mask_or_full(allowed, source_BPC, queries_BQD)
+            return self.key_projection(pool_prototypes(source_BPC, None, full, position=position_BPC).flatten(2))
         weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
         folded_BQMC = torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
         per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1) if self.heads > 1 else allowed
         if self.selection == "softmax":
-            rows_BQMC = pool_prototypes(source_BPC, folded_BQMC.flatten(1, 2) * self.log_scale.exp(), per_head).view_as(folded_BQMC)
+            scaled = folded_BQMC.flatten(1, 2) * self.log_scale.exp()
+            rows_BQMC = pool_prototypes(source_BPC, scaled, per_head, position=position_BPC).view_as(folded_BQMC)
         else:
-            chosen = self._choose(source_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1)
+            chosen = self._choose(source_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1, position=position_BPC)
             chosen = Chosen(*(part.flatten(1, 2).unflatten(1, folded_BQMC.shape[1:3]) for part in chosen))
             rows_BQMC = _gather_mean(source_BPC[:, None], chosen)
+            if position_BPC is not None:
+                rows_BQMC = rows_BQMC + _gather_mean(position_BPC.expand_as(source_BPC)[:, None], chosen)
         return torch.einsum("bqmc,mdc->bqmd", rows_BQMC, weight_MdC).flatten(2) + self.key_projection.bias
 
     @torch.no_grad()
-    def _choose(self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int) -> Chosen:
+    def _choose(self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int, position: Tensor | None = None) -> Chosen:
         if self.selection == "random":
             # the best allowed pixels of pure noise are random allowed pixels; a half-precision draw has too many ties, and the first win
             noise = torch.rand(*queries.shape[:2], heads, features.shape[1], dtype=torch.float32, device=features.device)
             open_BQP = allow_everywhere_if_empty(_mask_or_full(allowed, features, queries))
             scores, indices = noise.masked_fill(~open_BQP[:, :, None], -torch.inf).topk(self.prototypes, dim=-1)
         else:
-            indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads)
+            indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads, position=position)
         if self.empty_mask == "first_pixel" and allowed is not None:
             indices = _first_pixel_if_empty(indices, allowed)
         return Chosen(indices, self._weights(scores.to(features.dtype)))

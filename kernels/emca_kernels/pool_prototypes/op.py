@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_allowed, check_divides, check_same, check_tensor
-from emca_kernels.pool_prototypes import reference
+from emca_kernels.checks import check_allowed, check_divides, check_position, check_same, check_tensor, join_autocast
+from emca_kernels.native import library
+from emca_kernels.pool_prototypes import native, reference
 
 register_backend("pool_prototypes", Backend("reference", reference.pool_prototypes, serves_all))
+register_backend("pool_prototypes", Backend("native", native.pool_prototypes, library.refuses))
 
 
 def pool_prototypes(
-    features: Tensor, queries: Tensor | None, allowed: Tensor | None = None, *, heads: int = 1, backend: str | None = None
+    features: Tensor,
+    queries: Tensor | None,
+    allowed: Tensor | None = None,
+    *,
+    heads: int = 1,
+    position: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Weighted mean of the allowed pixels' features: softmax of the scores, or equal weights.
 
@@ -27,6 +34,8 @@ def pool_prototypes(
         queries: [B, Q, C], or None for the plain mean of the allowed pixels.
         allowed: bool [B, Q, P], True where the query may look; None allows everything, and needs queries.
         heads: splits the channels; each head has its own weights. Divides C.
+        position: [P, C] or [B, P, C], B may be 1, of the same dtype: added to the features, without the sum ever being written by
+            the fast backends.
         backend: a backend's name, for tests and measurements.
 
     Returns:
@@ -35,16 +44,16 @@ def pool_prototypes(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
+    features, queries, position = join_autocast(features, queries, position)
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     if queries is not None:
         check_tensor("queries", queries, ("B", "Q", "C"), sizes)
         check_same("features", features, "queries", queries)
-        if allowed is None:
-            allowed = torch.ones((), dtype=torch.bool, device=features.device).expand(sizes["B"], sizes["Q"], sizes["P"])
     elif allowed is None:
         raise ValueError("pool_prototypes needs queries, or allowed, or both: without them there is nothing to pool for")
+    position = check_position(position, features)
     check_allowed(allowed, sizes)
     check_divides("heads", heads, "C", sizes["C"])
     chosen, _ = choose_backend("pool_prototypes", features, queries, allowed, asked=backend)
-    return chosen.implementation(features, queries, allowed, heads=heads)
+    return chosen.implementation(features, queries, allowed, position, heads=heads)
