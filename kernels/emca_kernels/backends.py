@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -57,6 +58,9 @@ def choose_backend(op: str, *tensors: Tensor | None, asked: str | None = None) -
     Raises:
         ValueError: unknown operator, unknown backend, or the one asked for cannot serve the call.
     """
+    if torch.compiler.is_compiling():
+        # what is traced is the definition in plain torch, for the compiler to fuse; opaque operators choose when they run
+        return _BACKENDS[op][0], "traced"
     backend, reason = _choose(op, *tensors, asked=asked)
     served = _served.get()
     if served is not None:

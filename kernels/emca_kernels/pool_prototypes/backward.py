@@ -19,8 +19,8 @@ def backward(
     position_BPC: Tensor | None,
     pooled_BQMd: Tensor,
     logsumexp_BQM: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of features and queries, in their dtypes; all sums are float32 at least.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of features and queries (a lone number without queries), in their dtypes; all sums are float32 at least.
 
     With weights w = exp(q x - logsumexp), y = sum_p w_p x_p and its gradient g: dx_p = w_p g + ds_p q and dq = sum_p ds_p x_p, where
     ds_p = w_p (g x_p - g y).
@@ -56,5 +56,5 @@ def backward(
             of_queries_BMQd += of_scores_BMQp @ rows_BMpd
         of_features_BPC[:, tile] = of_rows_BMpd.transpose(1, 2).flatten(2)
     if queries_BQC is None:
-        return of_features_BPC, None
+        return of_features_BPC, of_features_BPC.new_empty(())
     return of_features_BPC, of_queries_BMQd.transpose(1, 2).flatten(2).to(queries_BQC.dtype)
