@@ -185,8 +185,7 @@ class EMCA(CrossAttention):
         if self.selection == "mean":
             full = _mask_or_full(allowed, source_BPC, queries_BQD)
             return self.key_projection(pool_prototypes(source_BPC, None, full, position=position_BPC).flatten(2))
-        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
-        folded_BQMC = torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
+        folded_BQMC = self._fold(queries_BQD)
         per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1) if self.heads > 1 else allowed
         if self.selection == "softmax":
             scaled = folded_BQMC.flatten(1, 2) * self.log_scale.exp()
@@ -197,6 +196,20 @@ class EMCA(CrossAttention):
             rows_BQMC = _gather_mean(source_BPC[:, None], chosen)
             if position_BPC is not None:
                 rows_BQMC = rows_BQMC + _gather_mean(position_BPC.expand_as(source_BPC)[:, None], chosen)
+        return self._project_rows(rows_BQMC)
+
+    def _fold(self, queries_BQD: Tensor) -> Tensor:
+        """W_K taken to the side of the queries, [B, Q, M, C]."""
+        if self.heads == 1:
+            return (queries_BQD @ self.key_projection.weight)[:, :, None]
+        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
+        return torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
+
+    def _project_rows(self, rows_BQMC: Tensor) -> Tensor:
+        """Keys [B, Q, D] of a row per head, each head's own slice."""
+        if self.heads == 1:
+            return self.key_projection(rows_BQMC[:, :, 0])
+        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
         return torch.einsum("bqmc,mdc->bqmd", rows_BQMC, weight_MdC).flatten(2) + self.key_projection.bias
 
     @torch.no_grad()
