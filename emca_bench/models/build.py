@@ -63,6 +63,18 @@ MODELS.register("mask2former_r50")(
     )
 )
 
+_SWIN_ABOUT = {
+    "tiny": "Mask2Former with Swin-T: 47.4 M parameters.",
+    "small": "Mask2Former with Swin-S: 68.7 M parameters.",
+    "base": "Mask2Former with Swin-B, windows of 12 pixels: 106.9 M parameters.",
+    "large": "Mask2Former with Swin-L, windows of 12 pixels: 215.4 M parameters.",
+}
+
+for _size, _about in _SWIN_ABOUT.items():
+    MODELS.register(f"mask2former_swin_{_size}")(
+        replace(MODELS["mask2former_r50"], about=_about, backbone=f"swin_{_size}", backbone_options={"drop_path_rate": 0.3})
+    )
+
 MODELS.register("mask2former_lite0")(
     Architecture(
         about="An edge model: EfficientNet-Lite0 (`pretrained` on ImageNet, `frozen`), feature pyramid.",
