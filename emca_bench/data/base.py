@@ -45,11 +45,16 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class Segment:
-    """One panoptic segment of a sample: its id in the panoptic map, its class index, and whether that class is a thing."""
+    """One panoptic segment of a sample: its id in the panoptic map, its class index, and whether that class is a thing.
+
+    `iscrowd` marks things that were not told apart: they are no target of training, and metrics neither ask for them nor blame what
+    lies inside.
+    """
 
     id: int
     category: int
     thing: bool
+    iscrowd: bool = False
 
 
 @dataclass(frozen=True, eq=False)
