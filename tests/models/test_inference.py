@@ -154,10 +154,10 @@ def test_parts_give_the_same_result_as_one_piece(size: tuple[int, int], dtype: t
 
 def test_of_equal_masks_in_different_parts_the_first_owns_the_pixels():
     class_logits = torch.full((1, 4, 3), -9.0)
-    class_logits[0, :, 0] = 9.0
+    class_logits[0, 0, 0] = class_logits[0, 1:, 1] = 9.0
     predictions = Predictions(class_logits, torch.full((1, 4, 2, 3), 5.0), (8, 12))
     [result] = panoptic(predictions, (8, 12), things=(True, True))
-    assert [segment.id for segment in result.segments] == [1]
+    assert [segment.category for segment in result.segments] == [0]
     assert (result.ids == 1).all()
 
 
