@@ -1,18 +1,22 @@
 """From queries and masks to results a user can draw: semantic, panoptic and instance, from the same predictions.
 
-Masks are resized to the padded input, its padding is cropped, and what is left is resized to the wanted size, as Mask2Former does.
+Masks are resized to the padded input, its padding is cropped, and what is left is resized to the wanted size, as Mask2Former does. Where
+all masks at that size are more than CHUNK numbers, they are made and used up in parts: the result is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emca_bench.models.predictions import MASK_STRIDE, Predictions
+
+CHUNK = 2**25
+"""Most numbers of a tensor at full resolution that is not itself a result: 128 MiB in float32, 100 masks of 512x512 in one part."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,7 @@ def semantic_scores(predictions: Predictions, size: tuple[int, int]) -> Tensor:
         predictions: of the model.
         size: (H, W) of the result.
     """
-    probability_BQK = predictions.class_logits.softmax(-1)[..., :-1]
-    masks_BQHW = _resized(predictions.mask_logits, predictions.image_size).sigmoid()
-    scores_BKHW = torch.einsum("bqk,bqhw->bkhw", probability_BQK, masks_BQHW)
+    scores_BKHW = _joined(list(_score_strips(predictions)), dim=2)
     if tuple(scores_BKHW.shape[-2:]) != tuple(size):
         scores_BKHW = F.interpolate(scores_BKHW, size=size, mode="bilinear", align_corners=False)
     return scores_BKHW
@@ -63,7 +65,13 @@ def semantic_scores(predictions: Predictions, size: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def semantic(predictions: Predictions, size: tuple[int, int]) -> Tensor:
     """The best class of each pixel, int64 [B, H, W] at the given (H, W)."""
-    return semantic_scores(predictions, size).argmax(1)
+    if tuple(predictions.image_size) == tuple(size):
+        return _joined([strip_BKhW.argmax(1) for strip_BKhW in _score_strips(predictions)], dim=1)
+    scores_BKhw = semantic_scores(predictions, predictions.image_size)
+    best = _Best()
+    for part in _parts(scores_BKhw.shape[1], scores_BKhw.shape[0] * size[0] * size[1]):
+        best.update(F.interpolate(scores_BKhw[:, part], size=size, mode="bilinear", align_corners=False), part.start, dim=1)
+    return best.index
 
 
 @torch.no_grad()
@@ -93,8 +101,8 @@ def panoptic(
     for class_logits_QK, mask_logits_Qhw in zip(predictions.class_logits, predictions.mask_logits, strict=True):
         scores_Q, categories_Q = class_logits_QK.softmax(-1).max(-1)
         kept = (categories_Q != class_logits_QK.shape[-1] - 1) & (scores_Q > object_threshold)
-        masks_NHW = _at_size(mask_logits_Qhw[kept], predictions.image_size, size).sigmoid()
-        results.append(_panoptic_of_image(scores_Q[kept], categories_Q[kept], masks_NHW, size, things, overlap_threshold))
+        masks = _Masks(mask_logits_Qhw[kept], predictions.image_size, size)
+        results.append(_panoptic_of_image(scores_Q[kept], categories_Q[kept], masks, things, overlap_threshold))
     return results
 
 
@@ -119,28 +127,57 @@ def instances(predictions: Predictions, size: tuple[int, int], *, things: Sequen
         scores_N, pairs_N = probability_QK.flatten().topk(min(most, probability_QK.numel()))
         queries_N, categories_N = pairs_N // probability_QK.shape[1], pairs_N % probability_QK.shape[1]
         kept = countable_K[categories_N]
-        logits_NHW = _at_size(mask_logits_Qhw[queries_N[kept]], predictions.image_size, size)
-        masks_NHW = logits_NHW > 0
-        inside = (logits_NHW.sigmoid() * masks_NHW).flatten(1).sum(1) / masks_NHW.flatten(1).sum(1).clamp(min=1)
-        scores_N, order = (scores_N[kept] * inside).sort(descending=True, stable=True)
+        masks = _Masks(mask_logits_Qhw[queries_N[kept]], predictions.image_size, size)
+        masks_NHW, inside_N = _instance_masks(masks)
+        scores_N, order = (scores_N[kept] * inside_N).sort(descending=True, stable=True)
         results.append(Instances(scores_N, categories_N[kept][order], masks_NHW[order]))
     return results
 
 
-def _panoptic_of_image(
-    scores_N: Tensor, categories_N: Tensor, masks_NHW: Tensor, size: tuple[int, int], things: Sequence[bool], overlap_threshold: float
-) -> Panoptic:
-    if not len(scores_N):
-        return Panoptic(torch.zeros(size, dtype=torch.int32, device=scores_N.device), ())
-    owner_HW = (scores_N[:, None, None] * masks_NHW).argmax(0)
-    inside_HW = masks_NHW.gather(0, owner_HW[None])[0] >= 0.5
+@dataclass(frozen=True, eq=False)
+class _Masks:
+    """Mask logits [N, h, w] that are wanted at a size, as parts that respect CHUNK."""
+
+    logits_Nhw: Tensor
+    image_size: tuple[int, int]
+    size: tuple[int, int]
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which of the N, and a fresh tensor of their logits at the size."""
+        for part in _parts(len(self.logits_Nhw), self.size[0] * self.size[1]):
+            logits_nHW = _resized(self.logits_Nhw[None, part], self.image_size)
+            if tuple(self.image_size) != tuple(self.size):
+                logits_nHW = F.interpolate(logits_nHW, size=self.size, mode="bilinear", align_corners=False)
+            yield part, logits_nHW[0]
+
+
+def _instance_masks(masks: _Masks) -> tuple[Tensor, Tensor]:
+    """Where logits are positive, bool [N, H, W], and the mean mask probability there [N]."""
+    count = len(masks.logits_Nhw)
+    masks_NHW = torch.zeros(count, *masks.size, dtype=torch.bool, device=masks.logits_Nhw.device)
+    inside_N = masks.logits_Nhw.new_zeros(count)
+    for part, logits_nHW in masks.parts():
+        masks_nHW = torch.gt(logits_nHW, 0, out=masks_NHW[part])
+        inside_N[part] = (logits_nHW.sigmoid_() * masks_nHW).flatten(1).sum(1) / masks_nHW.flatten(1).sum(1).clamp(min=1)
+    return masks_NHW, inside_N
+
+
+def _panoptic_of_image(scores_N: Tensor, categories_N: Tensor, masks: _Masks, things: Sequence[bool], overlap_threshold: float) -> Panoptic:
     count = len(scores_N)
-    won = torch.bincount(owner_HW.flatten(), minlength=count)
-    own = (masks_NHW >= 0.5).flatten(1).sum(1)
-    visible = torch.bincount(owner_HW[inside_HW], minlength=count)
-    survives = (own > 0) & (visible > 0) & (won >= overlap_threshold * own)
+    if not count:
+        return Panoptic(torch.zeros(masks.size, dtype=torch.int32, device=scores_N.device), ())
+    best, own = _Best(), []
+    for part, logits_nHW in masks.parts():
+        masks_nHW = logits_nHW.sigmoid_()
+        own.append((masks_nHW >= 0.5).flatten(1).sum(1))
+        best.update(masks_nHW.mul(scores_N[part, None, None]), part.start, beside=masks_nHW)
+    owner_HW, inside_HW = best.index, best.beside >= 0.5
+    own_N = torch.cat(own)
+    won_N = torch.bincount(owner_HW.flatten(), minlength=count)
+    visible_N = torch.bincount(owner_HW[inside_HW], minlength=count)
+    survives_N = (own_N > 0) & (visible_N > 0) & (won_N >= overlap_threshold * own_N)
     # the only look at values on the host, for all queries at once
-    found = zip(survives.tolist(), categories_N.tolist(), scores_N.tolist(), strict=True)
+    found = zip(survives_N.tolist(), categories_N.tolist(), scores_N.tolist(), strict=True)
     ids: list[int] = []
     segments: list[PanopticSegment] = []
     stuff: dict[int, int] = {}
@@ -157,18 +194,52 @@ def _panoptic_of_image(
     return Panoptic(table_N[owner_HW] * inside_HW, tuple(segments))
 
 
+@dataclass
+class _Best:
+    """Maximum over parts of a dimension: the index of the first greatest value, and what lies beside it in another tensor."""
+
+    value: Tensor | None = None
+    index: Tensor = field(default_factory=lambda: torch.empty(0))
+    beside: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def update(self, values: Tensor, start: int, *, dim: int = 0, beside: Tensor | None = None) -> None:
+        """Take a part that begins at an index in; `beside` has its shape."""
+        index = values.argmax(dim, keepdim=True)
+        value, other = (part.gather(dim, index).squeeze(dim) for part in (values, values if beside is None else beside))
+        index = index.squeeze(dim) + start
+        if self.value is None:
+            self.value, self.index, self.beside = value, index, other
+            return
+        better = value > self.value
+        self.value = torch.where(better, value, self.value)
+        self.index, self.beside = torch.where(better, index, self.index), torch.where(better, other, self.beside)
+
+
+def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _parts(count: int, pixels: int) -> Iterator[slice]:
+    """Slices of a dimension such that each has at most CHUNK numbers, or one index."""
+    step = max(1, CHUNK // max(1, pixels))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _score_strips(predictions: Predictions) -> Iterator[Tensor]:
+    """Class scores [B, classes, h, W] at the size of the unpadded input, a strip of rows at a time."""
+    probability_BQK = predictions.class_logits.softmax(-1)[..., :-1]
+    logits_BQhw, (height, width) = predictions.mask_logits, predictions.image_size
+    row = logits_BQhw.shape[0] * logits_BQhw.shape[1] * MASK_STRIDE * logits_BQhw.shape[3]
+    for rows in _parts(-(-height // MASK_STRIDE), MASK_STRIDE * row):
+        # a row of context on either side: what a resize in one piece would see
+        low, high = max(0, rows.start - 1), min(logits_BQhw.shape[2], rows.stop + 1)
+        strip = _resized(logits_BQhw[:, :, low:high], (MASK_STRIDE * (high - low), width))
+        strip = strip[:, :, MASK_STRIDE * (rows.start - low) : min(MASK_STRIDE * rows.stop, height) - MASK_STRIDE * low]
+        yield torch.einsum("bqk,bqhw->bkhw", probability_BQK, strip.sigmoid())
+
+
 def _resized(mask_logits_BQhw: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Logits at the size of the unpadded input."""
     height, width = image_size
     padded = [MASK_STRIDE * int(side) for side in mask_logits_BQhw.shape[-2:]]
     return F.interpolate(mask_logits_BQhw, size=padded, mode="bilinear", align_corners=False)[..., :height, :width]
-
-
-def _at_size(mask_logits_Nhw: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Logits [N, H, W] at the wanted size; N may be 0, which `interpolate` refuses."""
-    if not len(mask_logits_Nhw):
-        return mask_logits_Nhw.new_zeros(0, *size)
-    logits = _resized(mask_logits_Nhw[None], image_size)
-    if tuple(logits.shape[-2:]) != tuple(size):
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return logits[0]

@@ -14,6 +14,29 @@ from emca_bench.report.load import Result, Run, point
 from emca_bench.specs import Arm, Cell, Study, Value
 from emca_bench.stats import AccuracyVerdict, Mean, Sensitivity
 
+_Seeds = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A recorded accuracy in points: its name in records, and in print."""
+
+    key: str
+    label: str
+
+
+METRICS = {
+    "semantic": (Metric("miou", "mIoU"),),
+    "panoptic": (
+        Metric("pq", "PQ"),
+        Metric("pq_things", "PQ things"),
+        Metric("pq_stuff", "PQ stuff"),
+        Metric("ap", "AP"),
+        Metric("miou", "mIoU"),
+    ),
+}
+"""By task; verdicts rest on the first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmAccuracy:
@@ -23,10 +46,15 @@ class ArmAccuracy:
     results: Mapping[int, Result]
     """By seed, unfinished ones included."""
     seeds: Mapping[int, float]
-    """mIoU in points by seed."""
-    miou: Mean | None
+    """The task's first metric in points by seed."""
+    means: Mapping[str, Mean]
+    """By metric, in points over seeds."""
+    differences: Mapping[str, Mean]
+    """By metric, to the baseline over common seeds; empty for the baseline itself."""
+    score: Mean | None
+    """Of the task's first metric; None for arms without results."""
     difference: Mean | None
-    """To the baseline, in points, over common seeds."""
+    """Of the task's first metric."""
     verdict: AccuracyVerdict | None
     """None for the baseline itself and for arms without results."""
 
@@ -45,9 +73,13 @@ class ArmAccuracy:
         found = [result.values[name] for result in self.finished if result.values.get(name) is not None]
         return float(np.mean(found)) if found else None
 
-    def class_iou(self) -> dict[str, float | None]:
-        """Mean over seeds of each class's IoU in points; None where the class never occurs."""
-        tables = [result.values.get("class_iou") or {} for result in self.finished]
+    def points(self, metric: Metric) -> list[float]:
+        """A metric of every seed that has it, in the order of seeds."""
+        return [float(result.values[metric.key]) for _, result in sorted(self.results.items()) if result.values.get(metric.key) is not None]
+
+    def by_class(self, name: str) -> dict[str, float | None]:
+        """Mean over seeds of a value that is recorded per class, in points; None where the class never occurs."""
+        tables = [result.values.get(name) or {} for result in self.finished]
         means: dict[str, float | None] = {}
         for name in dict.fromkeys(name for table in tables for name in table):
             found = [table[name] for table in tables if table.get(name) is not None]
@@ -82,6 +114,21 @@ class AccuracyGroup:
         return str(self.shared.get("dataset", ""))
 
     @property
+    def task(self) -> str:
+        """What was trained and evaluated."""
+        return _task(self.shared)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is compared; verdicts rest on the first."""
+        return METRICS[self.task]
+
+    @property
+    def metric(self) -> Metric:
+        """What verdicts rest on."""
+        return self.metrics[0]
+
+    @property
     def label(self) -> str:
         """Data set and model."""
         return ", ".join(str(self.shared[name]) for name in ("dataset", "model") if name in self.shared)
@@ -101,7 +148,7 @@ class AccuracyGroup:
     @property
     def measured(self) -> list[ArmAccuracy]:
         """Arms with at least one finished seed."""
-        return [entry for entry in self.arms if entry.miou is not None]
+        return [entry for entry in self.arms if entry.score is not None]
 
 
 def accuracy_groups(run: Run) -> list[AccuracyGroup]:
@@ -123,12 +170,14 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> AccuracyGroup:
         result = run.find(cell, "accuracy")
         assert result is not None, "every planned accuracy has a result"
         results.setdefault(cell.arm.name, {})[int(cell.params.get("seed", 0))] = result
-    seeds = {name: _miou(by_seed) for name, by_seed in results.items()}
+    metrics = METRICS[_task(shared)]
+    seeds = {name: {metric.key: _points(by_seed, metric) for metric in metrics} for name, by_seed in results.items()}
     baseline = study.baselines[0] if study.baselines else arm_named(study.arms, "masked")
     floor = arm_named(study.arms, "none")
-    signal = stats.paired_difference(seeds.get(baseline or "", {}), seeds.get(floor or "", {}))
+    judged, nothing = metrics[0].key, {metric.key: dict[int, float]() for metric in metrics}
+    signal = stats.paired_difference(seeds.get(baseline or "", nothing)[judged], seeds.get(floor or "", nothing)[judged])
     arms = [
-        _arm(arm, results[arm.name], seeds[arm.name], {} if arm.name == baseline else seeds.get(baseline or "", {}), study.margin)
+        _arm(arm, results[arm.name], seeds[arm.name], nothing if arm.name == baseline else seeds.get(baseline or "", nothing), study.margin)
         for arm in study.arms
         if arm.name in results
     ]
@@ -143,17 +192,28 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> AccuracyGroup:
     )
 
 
-def _arm(arm: Arm, results: Mapping[int, Result], seeds: Mapping[int, float], rival: Mapping[int, float], margin: float) -> ArmAccuracy:
-    difference = stats.paired_difference(seeds, rival)
+def _arm(arm: Arm, results: Mapping[int, Result], mine: _Seeds, rival: _Seeds, margin: float) -> ArmAccuracy:
+    """Points of an arm and its rival by metric and seed; the first metric is judged."""
+    first = next(iter(mine))
+    differences = {key: stats.paired_difference(mine[key], rival[key]) for key in mine}
+    difference = differences[first]
+    means = {key: stats.mean_interval(list(by_seed.values())) for key, by_seed in mine.items() if by_seed}
     return ArmAccuracy(
         arm=arm,
         results=results,
-        seeds=seeds,
-        miou=stats.mean_interval(list(seeds.values())) if seeds else None,
+        seeds=mine[first],
+        means=means,
+        differences={key: value for key, value in differences.items() if value},
+        score=means.get(first),
         difference=difference,
         verdict=stats.non_inferiority(difference, margin) if difference else None,
     )
 
 
-def _miou(results: Mapping[int, Result]) -> dict[int, float]:
-    return {seed: float(result.values["miou"]) for seed, result in sorted(results.items()) if result.values.get("miou") is not None}
+def _task(params: Mapping[str, Value]) -> str:
+    return str(params.get("task", "semantic"))
+
+
+def _points(results: Mapping[int, Result], metric: Metric) -> dict[int, float]:
+    found = {seed: result.values.get(metric.key) for seed, result in sorted(results.items())}
+    return {seed: float(value) for seed, value in found.items() if value is not None}

@@ -85,9 +85,10 @@ def _bound(rows: Sequence[CountRow]) -> str:
 
 def _accuracy(group: AccuracyGroup) -> str:
     entry = group.arm(subject(group.study))
-    if entry is None or entry.miou is None:
+    if entry is None or entry.score is None:
         return ""
-    text = f"On {group.dataset}, {label(entry.name)} reaches {numbers.points(entry.miou)} mIoU ({numbers.plural(entry.miou.count, 'seed')})"
+    seeds = numbers.plural(entry.score.count, "seed")
+    text = f"On {group.dataset}, {label(entry.name)} reaches {numbers.points(entry.score)} {group.metric.label} ({seeds})"
     if entry.difference is not None and group.baseline:
         text += f", {numbers.points(entry.difference, signed=True)} against {label(group.baseline)}"
         text += f": {entry.verdict} by the margin of {group.study.margin:g}"

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from emca_bench import stats
 from emca_bench.report import numbers
-from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy
+from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy, Metric
 from emca_bench.report.arms import in_reading_order, label
 from emca_bench.report.counts import CountRow, component_label, components_of
 from emca_bench.report.findings import TradeOff
@@ -55,6 +55,11 @@ _COMPONENT_COLORS = {
     "mask_heads": "#228833",
     "other": "#777777",
 }
+
+
+DRAWN = ("pq", "ap", "miou")
+"""Metrics that have a panel; the others stand in tables."""
+_MARKS = "dots: seeds, bar: mean with 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -162,31 +167,40 @@ def latency_by_scope(groups: Sequence[SpeedGroup], palette: dict[str, Look]) -> 
 
 
 def accuracy_by_arm(group: AccuracyGroup, palette: dict[str, Look]) -> Figure:
-    """mIoU of every arm: seeds as dots, mean with interval, the margin below the baseline and the floors."""
-    arms = group.measured
-    figure = _figure(WIDTH * 0.8, 0)
-    ax = _panels(figure, [[entry.name for entry in arms]], columns=1, extra=0.35 + 0.06 * len(arms))[0]
-    baseline = group.arm(group.baseline)
-    if baseline is not None and baseline.miou is not None:
-        top = baseline.miou.estimate
-        ax.axvspan(
-            top - group.study.margin,
-            top,
-            color="#DDDDDD",
-            alpha=0.7,
-            lw=0,
-            label=f"margin: {group.study.margin:g} below {label(baseline.name)}",
-        )
-    floor = group.arm(group.floor)
-    if floor is not None and floor.miou is not None:
-        ax.axvline(floor.miou.estimate, color=palette[floor.name].color, ls=":", lw=1.4, label="floor: no cross-attention")
-    for height, entry in enumerate(arms):
-        _accuracy_row(ax, height, entry, palette[entry.name])
-    ax.set_xlabel("mIoU (points); dots: seeds, bar: mean with 95 % interval")
-    ax.set_title(group.label)
-    if ax.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    """Every drawn metric of every arm: seeds as dots, mean with interval, the floors, and the margin of the metric that is judged."""
+    arms, metrics = group.measured, [metric for metric in group.metrics if metric.key in DRAWN]
+    several = len(metrics) > 1
+    figure = _figure(WIDTH if several else WIDTH * 0.8, 0)
+    panels = _panels(figure, [[entry.name for entry in arms]] * len(metrics), columns=3, extra=0.35 + 0.06 * len(arms))
+    for ax, metric in zip(panels, metrics, strict=True):
+        _margin_and_floor(ax, group, metric, palette)
+        for height, entry in enumerate(arms):
+            _accuracy_row(ax, height, entry, metric, palette[entry.name])
+        if several:
+            _at_least_a_point(ax)
+        ax.set_xlabel(f"{metric.label} (points)" if several else f"{metric.label} (points); {_MARKS}")
+    panels[0].set_title(group.label)
+    if panels[0].get_legend_handles_labels()[0]:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _at_least_a_point(ax: Axes) -> None:
+    """Widen the axis of a panel to one point: less would magnify noise."""
+    low, high = ax.get_xlim()
+    if high - low < 1:
+        ax.set_xlim((low + high - 1) / 2, (low + high + 1) / 2)
+
+
+def _margin_and_floor(ax: Axes, group: AccuracyGroup, metric: Metric, palette: dict[str, Look]) -> None:
+    baseline, floor = group.arm(group.baseline), group.arm(group.floor)
+    if baseline is not None and baseline.score is not None and metric == group.metric:
+        top, margin = baseline.score.estimate, group.study.margin
+        said = f"margin: {margin:g} below {label(baseline.name)}"
+        ax.axvspan(top - margin, top, color="#DDDDDD", alpha=0.7, lw=0, label=said)
+    if floor is not None and metric.key in floor.means:
+        lowest = floor.means[metric.key].estimate
+        ax.axvline(lowest, color=palette[floor.name].color, ls=":", lw=1.4, label="floor: no cross-attention")
 
 
 def loss_curves(group: AccuracyGroup, palette: dict[str, Look]) -> Figure | None:
@@ -218,11 +232,11 @@ def loss_curves(group: AccuracyGroup, palette: dict[str, Look]) -> Figure | None
     return figure
 
 
-def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look], *, cost: str, title: str) -> Figure:
-    """mIoU against latency with both intervals; the step line joins the arms that no other arm beats in both."""
+def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look], *, cost: str, metric: str, title: str) -> Figure:
+    """Accuracy against latency with both intervals; the step line joins the arms that no other arm beats in both."""
     figure = _figure(WIDTH * 0.8, 3.2)
     ax = figure.subplots()
-    costs, qualities = [entry.latency_ms.estimate for entry in entries], [entry.miou.estimate for entry in entries]
+    costs, qualities = [entry.latency_ms.estimate for entry in entries], [entry.score.estimate for entry in entries]
     front = stats.pareto_front(costs, qualities)
     ax.step(
         [costs[i] for i in front],
@@ -236,13 +250,13 @@ def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look],
     )
     for entry in entries:
         look = palette[entry.arm]
-        errors: dict[str, Any] = {"xerr": _error(entry.latency_ms), "yerr": _error(entry.miou)}
+        errors: dict[str, Any] = {"xerr": _error(entry.latency_ms), "yerr": _error(entry.score)}
         ax.errorbar(
-            entry.latency_ms.estimate, entry.miou.estimate, **errors, color=look.color, marker=look.marker, ms=7, capsize=2, lw=1, zorder=3
+            entry.latency_ms.estimate, entry.score.estimate, **errors, color=look.color, marker=look.marker, ms=7, capsize=2, lw=1, zorder=3
         )
     ax.margins(x=0.18, y=0.16)
     ax.set_xlabel(cost)
-    ax.set_ylabel("mIoU (points)")
+    ax.set_ylabel(f"{metric} (points)")
     ax.set_title(title)
     figure.legend(loc="outside lower right", frameon=False)
     _settle(figure)
@@ -401,13 +415,16 @@ def _scope_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], titled: 
     ax.set_xlabel("latency (ms per call)")
 
 
-def _accuracy_row(ax: Axes, height: int, entry: ArmAccuracy, look: Look) -> None:
-    assert entry.miou is not None
-    ax.plot(list(entry.seeds.values()), [height - 0.18] * len(entry.seeds), marker="o", ms=3, ls="none", color=look.color, alpha=0.45)
+def _accuracy_row(ax: Axes, height: int, entry: ArmAccuracy, metric: Metric, look: Look) -> None:
+    mean = entry.means.get(metric.key)
+    if mean is None:
+        return
+    seeds = entry.points(metric)
+    ax.plot(seeds, [height - 0.18] * len(seeds), marker="o", ms=3, ls="none", color=look.color, alpha=0.45)
     ax.errorbar(
-        entry.miou.estimate,
+        mean.estimate,
         height + 0.08,
-        xerr=_error(entry.miou),
+        xerr=_error(mean),
         color=look.color,
         marker=look.marker,
         ms=6,
@@ -479,7 +496,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 def _point_labels(figure: Figure, ax: Axes, entries: Sequence[TradeOff], palette: dict[str, Look]) -> None:
     """Name each point beside it, where there is room."""
     unit = figure.dpi / 72
-    points = [tuple(ax.transData.transform((entry.latency_ms.estimate, entry.miou.estimate))) for entry in entries]
+    points = [tuple(ax.transData.transform((entry.latency_ms.estimate, entry.score.estimate))) for entry in entries]
     obstacles = [box for entry in entries for box in _drawn_boxes(ax, entry, unit)]
     sizes = [(4.5 * unit * len(label(entry.arm)), 9 * unit) for entry in entries]
     left, bottom, right, top = ax.get_window_extent().extents
@@ -487,7 +504,7 @@ def _point_labels(figure: Figure, ax: Axes, entries: Sequence[TradeOff], palette
     for entry, point, corner in zip(entries, points, corners, strict=True):
         ax.annotate(
             label(entry.arm),
-            (entry.latency_ms.estimate, entry.miou.estimate),
+            (entry.latency_ms.estimate, entry.score.estimate),
             xytext=((corner[0] - point[0]) / unit, (corner[1] - point[1]) / unit),
             textcoords="offset points",
             va="bottom",
@@ -500,7 +517,7 @@ def _point_labels(figure: Figure, ax: Axes, entries: Sequence[TradeOff], palette
 
 def _drawn_boxes(ax: Axes, entry: TradeOff, unit: float) -> list[Box]:
     """Marker and error bars of a point in pixels."""
-    (x_low, x, x_high), (y_low, y, y_high) = _ends(entry.latency_ms), _ends(entry.miou)
+    (x_low, x, x_high), (y_low, y, y_high) = _ends(entry.latency_ms), _ends(entry.score)
     (left, low), (center, middle), (right, high) = ax.transData.transform([(x_low, y_low), (x, y), (x_high, y_high)])
     bars = [(left, middle - unit, right, middle + unit), (center - unit, low, center + unit, high)]
     return [*bars, (center - 5 * unit, middle - 5 * unit, center + 5 * unit, middle + 5 * unit)]

@@ -46,7 +46,7 @@ class TradeOff:
 
     arm: str
     latency_ms: Mean
-    miou: Mean
+    score: Mean
 
 
 def trade_offs(found: Findings, group: AccuracyGroup) -> tuple[str, list[TradeOff]]:
@@ -80,10 +80,10 @@ def _join(group: AccuracyGroup, rows: dict[str, SpeedRow]) -> list[TradeOff]:
         if (
             row
             and row.latency_ms
-            and entry.miou
+            and entry.score
             and (row.cell.arm.attention, row.cell.arm.switches) == (entry.arm.attention, entry.arm.switches)
         ):
-            joined.append(TradeOff(arm=entry.name, latency_ms=row.latency_ms, miou=entry.miou))
+            joined.append(TradeOff(arm=entry.name, latency_ms=row.latency_ms, score=entry.score))
     return joined
 
 

@@ -42,7 +42,7 @@ def milliseconds(value: Mean) -> str:
 
 
 def points(value: Mean, *, signed: bool = False) -> str:
-    """mIoU points: `45.12 ± 0.31`, or with its sign and interval for a difference."""
+    """Points of an accuracy: `45.12 ± 0.31`, or with its sign and interval for a difference."""
     if signed:
         return f"{minus(f'{value.estimate:+.2f}')} {interval(value.low, value.high, 2)}".strip()
     half = "" if value.high is None else f" ± {value.high - value.estimate:.2f}"
@@ -89,6 +89,7 @@ _PHRASES = {
     "scope": "{}",
     "model": "{}",
     "dataset": "{}",
+    "task": "task {}",
     "pixels": "{} pixels",
     "image_size": "{} images",
     "queries": "{} queries",
@@ -104,6 +105,9 @@ _PHRASES = {
     "pretrained": "{}",
     "frozen": "{}",
     "learning_rate": "learning rate {}",
+    "object_threshold": "object threshold {}",
+    "overlap_threshold": "overlap threshold {}",
+    "test_split": "evaluated on {}",
     "points": "{} points",
     "seed": "seed {}",
     "train_images": "{} training images",

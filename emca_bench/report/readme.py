@@ -99,7 +99,7 @@ def readme_block(run: Run) -> str:
         return "Nothing has been measured yet."
     columns = [Column("Cross-attention")]
     columns += _speed_columns(group) if group else []
-    columns += [Column(f"mIoU on {entry.dataset}", "right") for entry in accuracy]
+    columns += [Column(f"{entry.metric.label} on {entry.dataset}", "right") for entry in accuracy]
     measured = {row.arm for row in group.rows if row.latency_ms} if group else set()
     measured |= {entry.name for one in accuracy for entry in one.measured}
     most = max((row.pixels for row in group.rows if row.latency_ms), default=0) if group else 0
@@ -137,7 +137,7 @@ def _speedup(row: SpeedRow, baseline: str) -> Value:
 
 def _accuracy_cell(group: AccuracyGroup, name: str) -> Value:
     entry = group.arm(name)
-    return Value(NOTHING if entry is None or entry.miou is None else numbers.points(entry.miou))
+    return Value(NOTHING if entry is None or entry.score is None else numbers.points(entry.score))
 
 
 def _conditions(run: Run, group: SpeedGroup | None, accuracy: list[AccuracyGroup]) -> str:

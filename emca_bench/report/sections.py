@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from emca_bench import stats
-from emca_bench.report import figures, numbers, tables
+from emca_bench.report import figures, numbers, panoptic, tables
 from emca_bench.report.accuracy import AccuracyGroup
 from emca_bench.report.answer import answer
 from emca_bench.report.arms import label, subject
@@ -15,6 +15,7 @@ from emca_bench.report.findings import Findings, trade_offs
 from emca_bench.report.load import Run
 from emca_bench.report.method import method_notes
 from emca_bench.report.overlays import overlay
+from emca_bench.report.segment_overlays import segment_overlay
 from emca_bench.report.speed import SpeedGroup, crossing, largest
 from emca_bench.specs import Value
 from emca_bench.stats import speed_verdict
@@ -224,18 +225,27 @@ def _accuracy(found: Findings, palette: dict[str, figures.Look]) -> list[Block]:
 
 def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, figures.Look], name: str) -> list[Block]:
     blocks: list[Block] = [_sensitivity(group), Paragraph(_trained(group))]
+    panoptic_task = group.task == "panoptic"
+    table = panoptic.panoptic_table(group) if panoptic_task else tables.accuracy_table(group)
     if not group.measured:
-        return [*blocks, tables.accuracy_table(group)]
+        return [*blocks, table]
+    blocks += [panoptic.rules(group)] if panoptic_task else []
     caption = "Grey band: losses within the margin stated before the run. Dots: seeds. The table pairs seeds, which the bars cannot show."
     blocks.append(
-        Figure(f"accuracy-{name}", f"mIoU by arm on {group.dataset}", caption, figures.files(figures.accuracy_by_arm(group, palette)))
+        Figure(
+            f"accuracy-{name}",
+            f"{_metric_names(group)} by arm on {group.dataset}",
+            caption,
+            figures.files(figures.accuracy_by_arm(group, palette)),
+        )
     )
-    blocks.append(tables.accuracy_table(group))
+    blocks.append(table)
     cost, entries = trade_offs(found, group)
     if entries:
-        drawn = figures.accuracy_over_latency(entries, palette, cost=cost, title=group.label)
+        drawn = figures.accuracy_over_latency(entries, palette, cost=cost, metric=group.metric.label, title=group.label)
         caption = f"Accuracy against latency. Bars: 95 % intervals. Horizontal axis: {cost}."
-        blocks.append(Figure(f"pareto-{name}", f"mIoU against latency on {group.dataset}", caption, figures.files(drawn)))
+        blocks.append(Figure(f"pareto-{name}", f"{group.metric.label} against latency on {group.dataset}", caption, figures.files(drawn)))
+    blocks += panoptic.panoptic_details(group) if panoptic_task else []
     blocks.append(Details("IoU of every class", [tables.class_table(group)]))
     training: list[Block] = [tables.training_table(group)]
     curves = figures.loss_curves(group, palette)
@@ -245,12 +255,16 @@ def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, fi
     return [*blocks, Details("What was trained for how long", training)]
 
 
+def _metric_names(group: AccuracyGroup) -> str:
+    return ", ".join(metric.label for metric in group.metrics if metric.key in figures.DRAWN)
+
+
 def _sensitivity(group: AccuracyGroup) -> Paragraph:
-    margin = f"the margin of {group.study.margin:g} mIoU"
+    margin = f"the margin of {group.study.margin:g} {group.metric.label}"
     if group.signal is None or group.baseline is None:
         said = "Without finished runs of both the baseline and the arm none, nothing tells whether this data set can rank cross-attentions."
         return Paragraph(said, "open")
-    lost = f"taking the cross-attention away costs {_cost(group)} mIoU ({numbers.plural(group.signal.count, 'seed')})"
+    lost = f"taking the cross-attention away costs {_cost(group)} {group.metric.label} ({numbers.plural(group.signal.count, 'seed')})"
     if group.sensitivity == "can decide":
         return Paragraph(f"{group.dataset} can tell cross-attentions apart: {lost}, more than {margin}.", "good")
     if group.sensitivity == "cannot decide":
@@ -278,10 +292,12 @@ def _trained(group: AccuracyGroup) -> str:
 def _overlays(found: Findings) -> list[Block]:
     blocks: list[Block] = []
     for index, group in enumerate(found.accuracy, start=1):
-        picture = overlay(found.run.folder, group)
+        paint = segment_overlay if group.task == "panoptic" else overlay
+        picture = paint(found.run.folder, group)
         if picture is not None:
             shown = numbers.plural(picture.images, "test image")
-            caption = f"{shown} of {group.dataset}, seed {picture.seed}, not chosen by result. Errors below each prediction."
+            what = panoptic.shown_rule(group) if group.task == "panoptic" else "Errors below each prediction."
+            caption = f"{shown} of {group.dataset}, seed {picture.seed}, not chosen by result. {what}"
             blocks += [Heading(3, f"Predictions on {group.label}")]
             blocks.append(Figure(f"overlay-{group.dataset}-{index}", f"Predictions on {group.dataset}", caption, {"png": picture.png}))
     return [Heading(2, "Qualitative results"), *blocks] if blocks else []

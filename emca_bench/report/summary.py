@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from emca_bench.report.accuracy import AccuracyGroup
+from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy
 from emca_bench.report.answer import answer
 from emca_bench.report.arms import subject
 from emca_bench.report.claims import Claim
@@ -111,10 +111,11 @@ def _bounds(group: SpeedGroup) -> list[dict[str, Any]]:
 def _accuracy(group: AccuracyGroup) -> dict[str, Any]:
     arms = {
         entry.name: {
-            "miou": _interval(entry.miou),
+            **{metric.key: _interval(entry.means.get(metric.key)) for metric in group.metrics},
             "seeds": {str(seed): value for seed, value in entry.seeds.items()},
             "difference": _interval(entry.difference),
             "verdict": entry.verdict,
+            **_differences(group, entry),
         }
         for entry in group.arms
     }
@@ -128,6 +129,13 @@ def _accuracy(group: AccuracyGroup) -> dict[str, Any]:
         "frequency_miou": group.fact("frequency_miou"),
         "arms": arms,
     }
+
+
+def _differences(group: AccuracyGroup, entry: ArmAccuracy) -> dict[str, Any]:
+    """Of every metric, where the task has more than one."""
+    if len(group.metrics) == 1:
+        return {}
+    return {"differences": {metric.key: _interval(entry.differences.get(metric.key)) for metric in group.metrics}}
 
 
 def _interval(value: Ratio | Mean | None) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def attention_table(group: SpeedGroup) -> Table:
     ordered = sorted(group.rows, key=lambda row: row.pixels)
     for row in ordered:
         pixels = Value(f"{numbers.size(row.cell.params['pixels'])} = {row.pixels}", sort=row.pixels)
-        memory = _number(row.peak_memory_bytes, numbers.mebibytes)
+        memory = number(row.peak_memory_bytes, numbers.mebibytes)
         backend = [Value(_backends(row) or NOTHING)] if mixed else []
-        rows.append([pixels, _arm(row.arm), _number(row.macs, numbers.gmacs), _latency(row), *_speedups(group, row), memory, *backend])
+        rows.append([pixels, arm(row.arm), number(row.macs, numbers.gmacs), _latency(row), *_speedups(group, row), memory, *backend])
     begins = frozenset(index for index in range(1, len(ordered)) if ordered[index].pixels != ordered[index - 1].pixels)
     return Table(columns, rows, breaks=begins)
 
@@ -86,8 +86,8 @@ def speed_table(groups: Sequence[SpeedGroup]) -> Table:
     for group in groups:
         for row in group.rows:
             place = [_where(name, row.cell.params) for name in where]
-            rate = _number(row.frames_per_second, numbers.significant)
-            rows.append([*place, _arm(row.arm), _latency(row), rate, *_speedups(group, row)])
+            rate = number(row.frames_per_second, numbers.significant)
+            rows.append([*place, arm(row.arm), _latency(row), rate, *_speedups(group, row)])
     return Table(columns, rows, breaks=_starts(group.rows for group in groups))
 
 
@@ -117,11 +117,11 @@ def counts_table(groups: Sequence[Sequence[CountRow]]) -> Table:
     columns += [Column("Total GMACs", "right"), Column("Share of cross-attention", "right"), Column("Params (M)", "right")]
     rows = []
     for row in every:
-        parts = [_number(row.components.get(name, 0) if row.components else None, numbers.gmacs) for name in components]
-        total = _number(row.macs, numbers.gmacs) if row.macs is not None else verdict(row.status)
-        share = _number(row.attention_share, lambda share: f"{share:.1%}")
+        parts = [number(row.components.get(name, 0) if row.components else None, numbers.gmacs) for name in components]
+        total = number(row.macs, numbers.gmacs) if row.macs is not None else verdict(row.status)
+        share = number(row.attention_share, lambda share: f"{share:.1%}")
         place = [_where(name, row.cell.params) for name in where]
-        rows.append([*place, _arm(row.arm), *parts, total, share, _number(row.parameters, lambda count: f"{count / 1e6:.1f}")])
+        rows.append([*place, arm(row.arm), *parts, total, share, number(row.parameters, lambda count: f"{count / 1e6:.1f}")])
     return Table(columns, rows, breaks=_starts(groups))
 
 
@@ -140,16 +140,16 @@ def cross_check_table(rows: Iterable[CountRow]) -> Table:
             EMPTY if apart is None else Value(numbers.minus(f"{apart:+.2%}"), sort=apart, tone="good" if abs(apart) <= 0.01 else "bad")
         )
         left_out = ", ".join(f"{name} ({numbers.plural(calls, 'call')})" for name, calls in sorted(row.uncounted.items())) or "none"
-        closed = _number(row.closed_form_macs, numbers.gmacs)
-        shown.append([_arm(row.arm), Value(where), _number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)])
+        closed = number(row.closed_form_macs, numbers.gmacs)
+        shown.append([arm(row.arm), Value(where), number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)])
     return Table(columns, shown)
 
 
 def accuracy_table(group: AccuracyGroup) -> Table:
-    """Arms by mIoU, with the floors that give the numbers a meaning."""
+    """Arms by the metric that is judged, with the floors that give the numbers a meaning."""
     columns = [
         Column("Arm"),
-        Column("mIoU ± 95 %", "right"),
+        Column(f"{group.metric.label} ± 95 %", "right"),
         Column("Seeds", "right"),
         Column(f"Minus {group.baseline or 'baseline'}", "right"),
     ]
@@ -164,15 +164,22 @@ def accuracy_table(group: AccuracyGroup) -> Table:
             EMPTY,
             Value("floor", tone="muted"),
         ]
-        rows.append([*floor, _number(pixels, lambda share: f"{share:.2f}"), EMPTY])
+        rows.append([*floor, number(pixels, lambda share: f"{share:.2f}"), EMPTY])
+    return Table(columns, rows, star(group))
+
+
+def star(group: AccuracyGroup) -> str:
+    """What the asterisk of `judged_cells` means, where there is one."""
     starred = any(entry.verdict == "not worse" for entry in group.arms) and group.sensitivity != "can decide"
-    return Table(columns, rows, "* Not shown to mean anything: leaving out the cross-attention may be not worse either." if starred else "")
+    return "* Not shown to mean anything: leaving out the cross-attention may be not worse either." if starred else ""
 
 
-def class_table(group: AccuracyGroup) -> Table:
-    """IoU of every class, a column per arm."""
-    tables = {entry.name: entry.class_iou() for entry in group.measured}
+def class_table(group: AccuracyGroup, name: str = "class_iou", *, left_out: bool = False) -> Table:
+    """A value of every class, by default its IoU, a column per arm; classes that have none for any arm may be left out."""
+    tables = {entry.name: entry.by_class(name) for entry in group.measured}
     names = dict.fromkeys(name for table in tables.values() for name in table)
+    if left_out:
+        names = {name: None for name in names if any(table.get(name) is not None for table in tables.values())}
     columns = [Column("Class"), *(Column(name, "right") for name in tables)]
     rows = []
     for name in names:
@@ -199,8 +206,8 @@ def training_table(group: AccuracyGroup) -> Table:
         epochs = steps * batch / images if steps and images else None
         seeds = ", ".join(str(seed) for seed in entry.seeds)
         pretrained = next((str(result.values["pretrained"]) for result in entry.finished if result.values.get("pretrained")), "nothing")
-        row = [_arm(entry.name), Value(seeds), _number(steps, lambda count: f"{count:.0f}"), _number(epochs, numbers.significant)]
-        row += [_number(entry.average("train_seconds"), numbers.duration), _number(entry.average("final_loss"), numbers.significant)]
+        row = [arm(entry.name), Value(seeds), number(steps, lambda count: f"{count:.0f}"), number(epochs, numbers.significant)]
+        row += [number(entry.average("train_seconds"), numbers.duration), number(entry.average("final_loss"), numbers.significant)]
         rows.append([*row, Value(pretrained)])
     return Table(columns, rows)
 
@@ -263,7 +270,8 @@ def _where(name: str, params: Mapping[str, object]) -> Value:
     return Value(numbers.SCOPE_NAMES.get(str(value), str(value)), sort=value if isinstance(value, (int, float)) else str(value))
 
 
-def _arm(name: str) -> Value:
+def arm(name: str) -> Value:
+    """Name of an arm."""
     return Value(Code(name), sort=name)
 
 
@@ -272,7 +280,8 @@ def _area(size: object) -> float:
     return float(height) * float(width)
 
 
-def _number(value: float | None, show: object) -> Value:
+def number(value: float | None, show: object) -> Value:
+    """A number as a function shows it, or nothing."""
     assert callable(show)
     return EMPTY if value is None else Value(show(value), sort=float(value))
 
@@ -306,12 +315,18 @@ def _speedup(row: SpeedRow, baseline: str) -> tuple[Value, Value]:
 
 
 def _accuracy_row(group: AccuracyGroup, entry: ArmAccuracy) -> list[Value]:
-    if entry.miou is None:
+    pixel_accuracy = number(entry.average("pixel_accuracy"), lambda share: f"{share:.2f}")
+    return [*judged_cells(group, entry), pixel_accuracy, number(entry.average("parameters"), lambda count: f"{count / 1e6:.2f} M")]
+
+
+def judged_cells(group: AccuracyGroup, entry: ArmAccuracy) -> list[Value]:
+    """Arm, score, seeds, difference to the baseline and verdict; the status in place of the score where there is none."""
+    if entry.score is None:
         states = {result.status for result in entry.results.values()}
         state = next((word for word in ("failed", "impossible") if word in states), "not run")
-        return [_arm(entry.name), verdict(state), *[EMPTY] * 5]
-    planned = len(entry.results)
-    seeds = Value(f"{entry.miou.count}" if entry.miou.count == planned else f"{entry.miou.count} of {planned}", sort=entry.miou.count)
+        return [arm(entry.name), verdict(state), *[EMPTY] * 3]
+    planned, count = len(entry.results), entry.score.count
+    seeds = Value(f"{count}" if count == planned else f"{count} of {planned}", sort=count)
     difference = EMPTY if entry.difference is None else Value(numbers.points(entry.difference, signed=True), sort=entry.difference.estimate)
     judged = Value("baseline", tone="muted") if entry.name == group.baseline else EMPTY
     if entry.verdict is not None:
@@ -319,13 +334,11 @@ def _accuracy_row(group: AccuracyGroup, entry: ArmAccuracy) -> list[Value]:
         if entry.verdict == "not worse" and group.sensitivity != "can decide":
             judged = Value("not worse*", tone="open")
     name: Text = (Code(entry.name), " (floor)") if entry.name == group.floor else Code(entry.name)
-    row = [Value(name, sort=entry.name), Value(numbers.points(entry.miou), sort=entry.miou.estimate), seeds, difference, judged]
-    pixel_accuracy = _number(entry.average("pixel_accuracy"), lambda share: f"{share:.2f}")
-    return [*row, pixel_accuracy, _number(entry.average("parameters"), lambda count: f"{count / 1e6:.2f} M")]
+    return [Value(name, sort=entry.name), Value(numbers.points(entry.score), sort=entry.score.estimate), seeds, difference, judged]
 
 
 def _class_value(value: float | None, best: float | None) -> Value:
     if value is None:
         return Value("absent", tone="muted")
     text = f"{value:.1f}"
-    return Value(Strong(text) if value == best else text, sort=value)
+    return Value(Strong(text) if value == best and value > 0 else text, sort=value)

@@ -2,12 +2,33 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from emca_bench import inference
 from emca_bench.inference import instances, panoptic, semantic, semantic_scores
 from emca_bench.models import Predictions
 
 THINGS = (True, True, False, False)
 SIZE = (32, 48)
+
+
+@pytest.fixture(autouse=True, params=[2**25, 7_000, 1], ids=["whole", "parts", "least parts"])
+def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds for results made in one part, in some parts, and a mask or a strip at a time."""
+    monkeypatch.setattr(inference, "CHUNK", request.param)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the greatest number of numbers of any tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        self.numel = max([self.numel, *found])
+        return result
 
 
 def random_predictions(*, queries: int, confident: float, dtype: torch.dtype = torch.float64) -> Predictions:
@@ -78,7 +99,8 @@ def test_instances_are_scored_pairs_of_query_and_thing_class(most: int):
                 mask = logits[query] > 0
                 inside = float(logits[query].sigmoid()[mask].mean()) if mask.any() else 0.0
                 expected.append((probability * inside, category, int(mask.sum())))
-        expected.sort(reverse=True)
+        # stable: empty masks all score zero
+        expected.sort(key=lambda entry: -entry[0])
         assert result.scores.tolist() == pytest.approx([score for score, _, _ in expected])
         assert result.categories.tolist() == [category for _, category, _ in expected]
         assert result.masks.flatten(1).sum(1).tolist() == [area for _, _, area in expected]
@@ -101,3 +123,56 @@ def test_all_results_have_the_wanted_size_and_padding_is_cropped(size: tuple[int
     assert all(result.masks.shape[1:] == size for result in instances(cropped, size, things=THINGS))
     inside = semantic(cropped, (20, 40))
     assert torch.equal(inside, semantic(predictions, SIZE)[:, :20, :40])
+
+
+RESULTS = {
+    "semantic": semantic,
+    "panoptic": lambda predictions, size: panoptic(predictions, size, things=THINGS, object_threshold=0.3),
+    "instances": lambda predictions, size: instances(predictions, size, things=THINGS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(29, 45), (64, 96), (17, 23)])
+def test_parts_give_the_same_result_as_one_piece(size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    predictions = random_predictions(queries=30, confident=6.0, dtype=dtype)
+    predictions = Predictions(predictions.class_logits, predictions.mask_logits, (29, 45))
+    found = {name: result(predictions, size) for name, result in RESULTS.items()}
+    scores = semantic_scores(predictions, size)
+    monkeypatch.setattr(inference, "CHUNK", 2**40)
+    # sums over queries and over pixels may be taken in another order for another number of pixels or masks
+    close = {"rtol": 32 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    assert torch.allclose(scores, semantic_scores(predictions, size), **close)
+    assert (found["semantic"] == semantic(predictions, size)).float().mean() > 0.999
+    for mine, whole in zip(found["panoptic"], RESULTS["panoptic"](predictions, size), strict=True):
+        assert mine.segments == whole.segments
+        assert torch.equal(mine.ids, whole.ids)
+    for mine, whole in zip(found["instances"], RESULTS["instances"](predictions, size), strict=True):
+        assert torch.allclose(mine.scores, whole.scores, **close)
+        assert torch.equal(mine.masks, whole.masks)
+
+
+def test_of_equal_masks_in_different_parts_the_first_owns_the_pixels():
+    class_logits = torch.full((1, 4, 3), -9.0)
+    class_logits[0, 0, 0] = class_logits[0, 1:, 1] = 9.0
+    predictions = Predictions(class_logits, torch.full((1, 4, 2, 3), 5.0), (8, 12))
+    [result] = panoptic(predictions, (8, 12), things=(True, True))
+    assert [segment.category for segment in result.segments] == [0]
+    assert (result.ids == 1).all()
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("size", [(256, 48), (300, 60)])
+def test_no_tensor_at_full_resolution_holds_all_queries(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    queries, pixels = 60, size[0] * size[1]
+    class_logits = 6 * torch.randn(1, queries, len(THINGS) + 1)
+    predictions = Predictions(class_logits, 5 * torch.randn(1, queries, 64, 12), (256, 48))
+    monkeypatch.setattr(inference, "CHUNK", 12 * pixels)
+    with LargestTensor() as largest:
+        RESULTS[name](predictions, size)
+    # a strip has 8 rows of context beside its own
+    assert largest.numel <= 12 * pixels + 8 * queries * 48
+    monkeypatch.setattr(inference, "CHUNK", 2**40)
+    with LargestTensor() as whole:
+        RESULTS[name](predictions, size)
+    assert whole.numel > 2 * largest.numel
