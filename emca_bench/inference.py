@@ -43,17 +43,22 @@ class Instances:
 
 
 @torch.no_grad()
-def semantic_scores(predictions: Predictions, size: tuple[int, int]) -> Tensor:
+def semantic_scores(predictions: Predictions, size: tuple[int, int], *, resize_masks: bool = False) -> Tensor:
     """Score [B, classes, H, W] of each class at each pixel: the sum over queries of class probability times mask probability.
 
-    Source: MaskFormer, section 3.4. The class scores are resized, not the masks.
+    Source: MaskFormer, section 3.4.
 
     Args:
         predictions: of the model.
         size: (H, W) of the result.
+        resize_masks: take mask logits to the size of the result, as the original does in models that are panoptic or instance models
+            too; by default the class scores are.
     """
     probability_BQK = predictions.class_logits.softmax(-1)[..., :-1]
-    masks_BQHW = _resized(predictions.mask_logits, predictions.image_size).sigmoid()
+    logits_BQHW = _resized(predictions.mask_logits, predictions.image_size)
+    if resize_masks and tuple(logits_BQHW.shape[-2:]) != tuple(size):
+        logits_BQHW = F.interpolate(logits_BQHW, size=size, mode="bilinear", align_corners=False)
+    masks_BQHW = logits_BQHW.sigmoid()
     scores_BKHW = torch.einsum("bqk,bqhw->bkhw", probability_BQK, masks_BQHW)
     if tuple(scores_BKHW.shape[-2:]) != tuple(size):
         scores_BKHW = F.interpolate(scores_BKHW, size=size, mode="bilinear", align_corners=False)

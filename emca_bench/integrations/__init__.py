@@ -1,0 +1,1 @@
+"""Bridges to other libraries, each importable alone and only where its library is installed."""
