@@ -1,1 +1,1 @@
-"""Bridges to other libraries, each importable alone and only where its library is installed."""
+"""This project's model inside other frameworks; each is imported here alone."""

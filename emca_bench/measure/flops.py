@@ -17,17 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from emca_bench.measure.subjects import Subject, build_subject
 from emca_bench.models import CrossAttention
 from emca_bench.models.backbones import Backbone
-from emca_bench.models.mask_decoder import FFNLayer, MaskDecoder, SelfAttentionLayer
+from emca_bench.models.mask_decoder import FFNLayer, InputProjection, MaskDecoder, SelfAttentionLayer
 from emca_bench.models.pixel_decoders import PixelDecoder
 from emca_bench.specs import Arm
 
 COMPONENTS: tuple[tuple[type[nn.Module], str], ...] = (
     (Backbone, "backbone"),
     (PixelDecoder, "pixel_decoder"),
+    (InputProjection, "input_projection"),
     (CrossAttention, "cross_attention"),
     (SelfAttentionLayer, "self_attention"),
     (FFNLayer, "ffn"),
 )
+DECODER_PARTS = ("input_projection", "cross_attention", "self_attention", "ffn")
 """Modules that own what happens inside them. What is left of the mask decoder are its prediction heads."""
 
 WORTH_NAMING = ("grid_sampler", "upsample", "softmax", "norm", "argmax", "max", "sort", "topk", "gather", "sigmoid", "pool")
@@ -93,5 +95,5 @@ def _by_component(module: nn.Module, counter: FlopCounterMode) -> dict[str, int]
         if isinstance(child, MaskDecoder):
             heads = macs_inside(path)
     if heads is not None:
-        components["mask_heads"] = heads - sum(components.get(name, 0) for name in ("cross_attention", "self_attention", "ffn"))
+        components["mask_heads"] = heads - sum(components.get(name, 0) for name in DECODER_PARTS)
     return components

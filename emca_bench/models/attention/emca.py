@@ -1,7 +1,7 @@
 """EMCA and its family: a prototype per query, then element-wise attention. Every switch of the definition, one module.
 
 Source: Weerakoon & Thayasivam, Rethinking Mask2Former for Efficient Semantic Segmentation, 2025 (no code published); Cavagnero et
-al., PEM, CVPR 2024, for `pem_ca`.
+al., PEM, CVPR 2024, for `pem_ca` and `pem_ca_published`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class EMCA(CrossAttention):
         self.width, self.heads, self.prototypes, self.selection = width, heads, prototypes, selection
         self.normalize_keys, self.norm_axis, self.residual = normalize_keys, norm_axis, residual
         self.positions, self.empty_mask = positions, empty_mask
-        self.folded = folded
+        self.folded, self.normalises_queries = folded, query_norm
         self.local_conv = LocalConv(width) if local_conv else None
         self.query_norm = nn.LayerNorm(width) if query_norm else None
         self.key_projection = nn.Linear(width, width)
@@ -290,12 +290,26 @@ def pem_ca(
     *,
     width: int,
     heads: int = 8,
+    norm_axis: str = "row",
+    residual: str = "raw",
+    empty_mask: str = "everywhere",
+    local_conv: bool = True,
+) -> EMCA:
+    """PEM-CA with the two defects of PEM's code mended: no coupling of queries, and an empty mask looks everywhere."""
+    return EMCA(**locals(), normalize_keys=True, query_norm=True)
+
+
+@ATTENTIONS.register("pem_ca_published")
+def pem_ca_published(
+    *,
+    width: int,
+    heads: int = 8,
     norm_axis: str = "queries",
     residual: str = "raw",
     empty_mask: str = "first_pixel",
     local_conv: bool = True,
 ) -> EMCA:
-    """PEM-CA as PEM's code has it, its query-coupling norm and its empty-mask rule included."""
+    """PEM-CA as PEM's code has it, its query-coupling norm and its empty-mask rule included: what PEM's checkpoints were trained with."""
     return EMCA(**locals(), normalize_keys=True, query_norm=True)
 
 
