@@ -25,6 +25,9 @@ SCOPES = ("attention", "decoder", "model", "end_to_end")
 """attention: one cross-attention call. decoder: mask decoder on given features. model: images to predictions.
 end_to_end: images to label maps."""
 
+TASKS = ("semantic", "panoptic")
+"""semantic: one mask per class; mIoU. panoptic: one mask per segment; PQ, and AP and mIoU of the same model."""
+
 MEASURES = ("macs", "latency", "memory", "accuracy")
 
 Value = str | int | float | bool
@@ -46,6 +49,10 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "pretrained": (bool, "whether the backbone starts from ImageNet weights"),
     "frozen": (bool, "whether the backbone keeps its weights in training"),
     "dataset": (str, "name in the dataset registry (measure accuracy)"),
+    "test_split": (str, "split that is evaluated, test by default (measure accuracy)"),
+    "task": (str, "what is trained and evaluated: semantic, the default, or panoptic (measure accuracy)"),
+    "object_threshold": (float, "least class score of a panoptic segment, 0.8 by default (task panoptic)"),
+    "overlap_threshold": (float, "least share of its mask that a panoptic segment keeps, 0.8 by default (task panoptic)"),
     "steps": (int, "optimiser steps (measure accuracy)"),
     "learning_rate": (float, "peak learning rate (measure accuracy)"),
     "points": (int, "sampled points per mask in matching and losses (measure accuracy)"),
@@ -172,7 +179,7 @@ class Study:
     expected: tuple[Expected, ...] = ()
     method: int = 1
     margin: float = 0.5
-    """Non-inferiority margin of accuracy in mIoU points, stated before the run."""
+    """Non-inferiority margin of accuracy in points of mIoU, or of PQ where the task is panoptic, stated before the run."""
     quick: bool = False
 
     def cells(self) -> list[Cell]:
@@ -324,8 +331,10 @@ class _Reader:
             raise UsageError(f"{self.path}: parameter {key!r} ({meaning}) must be {kind.__name__}, found {value!r}")
         if key in ("pixels", "image_size"):
             parse_size(str(value), what=f"{self.path}: parameter {key!r}")
-        if key == "scope":
-            self._choice("scope", value, SCOPES)
+        if key in ("scope", "task"):
+            self._choice(key, value, SCOPES if key == "scope" else TASKS)
+        if key.endswith("_threshold") and not 0 <= float(value) <= 1:
+            raise UsageError(f"{self.path}: parameter {key!r} ({meaning}) must be in 0..1, found {value!r}")
         return value
 
     def _values(self, key: str, values: Any) -> tuple[Value, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -45,11 +44,16 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class Segment:
-    """One panoptic segment of a sample: its id in the panoptic map, its class index, and whether that class is a thing."""
+    """One panoptic segment of a sample: its id in the panoptic map, its class index, and whether that class is a thing.
+
+    `iscrowd` marks things that were not told apart: they are no target of training, and metrics neither ask for them nor blame what
+    lies inside.
+    """
 
     id: int
     category: int
     thing: bool
+    iscrowd: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,25 +127,6 @@ class Dataset(ABC):
 
 DATASETS: Registry[Callable[..., Dataset]] = Registry("dataset")
 """Factories `f(split, *, option=default, ...) -> Dataset`; a factory's keyword-only parameters are the options it knows."""
-
-
-def open_dataset(name: str, split: str, **options: Any) -> Dataset:
-    """Open one split of a registered dataset.
-
-    Args:
-        name: a name in DATASETS.
-        split: a split of that dataset, usually "train", "val" or "test".
-        options: keyword options of that dataset.
-
-    Raises:
-        UsageError: an unknown name, split or option, or data that cannot be found.
-    """
-    factory = DATASETS[name]
-    known = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise UsageError(f"unknown option {option!r} of dataset {name!r}{did_you_mean(option, known)}; known: {listing(known)}")
-    return factory(split, **options)
 
 
 def check_split(name: str, split: str, known: tuple[str, ...]) -> None:

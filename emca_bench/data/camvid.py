@@ -28,7 +28,7 @@ def camvid(split: str, *, root: str | os.PathLike[str] | None = None) -> Semanti
 
     Args:
         split: "train", "val" or "test".
-        root: the folder that holds "camvid"; None for the folders of EMCA_DATASETS.
+        root: the folder that holds "camvid"; None for the places of the environment.
 
     Raises:
         UsageError: see SemanticFolder and find_dataset_folder.

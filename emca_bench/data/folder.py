@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from PIL import Image
 from emca_bench.data.base import IGNORE, ClassInfo, Dataset, Sample, check_split, fingerprint_of
 from emca_bench.errors import UsageError
 
-ROOT_VARIABLE = "EMCA_DATASETS"
-"""Environment variable with the folders that hold dataset folders, separated by os.pathsep."""
+ROOT_VARIABLES = ("EMCA_DATASETS", "DETECTRON2_DATASETS")
+"""Environment variables with the folders that hold dataset folders, separated by os.pathsep; in this order."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for damaged files."""
@@ -33,6 +33,8 @@ class SemanticFolder(Dataset):
         splits: the dataset's splits.
         images, labels: subfolders, with `{split}` for the split.
         image_suffix, label_suffix: ends of the file names; what comes before them pairs an image with its labels.
+        nested: whether to look in folders below `images` and `labels` too.
+        values: value in the label files to class index or IGNORE; None where the values are the indices.
 
     Raises:
         UsageError: an unknown split, a missing or empty folder, an image without labels or labels without an image; on reading, a file that
@@ -51,14 +53,17 @@ class SemanticFolder(Dataset):
         labels: str = "annotations/{split}",
         image_suffix: str = ".jpg",
         label_suffix: str = ".png",
+        nested: bool = False,
+        values: Mapping[int, int] | None = None,
     ) -> None:
         check_split(name, split, splits)
         self.name, self.split, self.classes = name, split, tuple(classes)
-        self._images = _files_by_stem(f"images of {name} {split}", folder / images.format(split=split), image_suffix)
-        self._labels = _files_by_stem(f"labels of {name} {split}", folder / labels.format(split=split), label_suffix)
+        self._values = {**{index: index for index in range(len(self.classes))}, IGNORE: IGNORE} if values is None else dict(values)
+        self._images = files_by_stem(f"images of {name} {split}", folder / images.format(split=split), image_suffix, nested=nested)
+        self._labels = files_by_stem(f"labels of {name} {split}", folder / labels.format(split=split), label_suffix, nested=nested)
         self._stems = sorted(self._images)
-        _check_pairs(self._images, self._labels, f"labels {label_suffix!r}", folder / labels.format(split=split))
-        _check_pairs(self._labels, self._images, f"image {image_suffix!r}", folder / images.format(split=split))
+        check_pairs(self._images, self._labels, f"labels {label_suffix!r}", folder / labels.format(split=split))
+        check_pairs(self._labels, self._images, f"image {image_suffix!r}", folder / images.format(split=split))
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -66,61 +71,94 @@ class SemanticFolder(Dataset):
     def read(self, index: int) -> Sample:
         """The sample at an index, in the order of names."""
         stem = self._stems[index]
-        image = _decode(self._images[stem], "RGB")
-        semantic = _decode(self._labels[stem], None)
-        self._check_labels(semantic, self._labels[stem])
-        return Sample(stem, image, semantic)
+        image = decode(self._images[stem], "RGB")
+        raw = decode(self._labels[stem], None)
+        self._check_labels(raw, self._labels[stem])
+        table = np.full(256, IGNORE, dtype=np.uint8)
+        table[list(self._values)] = list(self._values.values())
+        return Sample(stem, image, table[raw])
 
     def fingerprint(self) -> str:
         """Changes with the names and the sizes of the files."""
         files = [[stem, self._images[stem].stat().st_size, self._labels[stem].stat().st_size] for stem in self._stems]
         return fingerprint_of([self.name, self.split, files])
 
-    def _check_labels(self, semantic: npt.NDArray[np.uint8], path: Path) -> None:
-        pixels = np.bincount(semantic.ravel(), minlength=IGNORE + 1)
-        unknown = [int(value) for value in np.flatnonzero(pixels) if value != IGNORE and value >= len(self.classes)]
+    def _check_labels(self, raw: npt.NDArray[np.uint8], path: Path) -> None:
+        pixels = np.bincount(raw.ravel(), minlength=IGNORE + 1)
+        unknown = [int(value) for value in np.flatnonzero(pixels) if int(value) not in self._values]
         if unknown:
             found = ", ".join(f"{value} ({pixels[value]} pixels)" for value in unknown)
-            raise UsageError(f"labels {path} hold unknown class ids: {found}; expected 0..{len(self.classes) - 1} or {IGNORE} for ignore")
+            known = [value for value in self._values if value != IGNORE]
+            ignore = f" or {IGNORE} for ignore" if IGNORE in self._values else ""
+            raise UsageError(f"labels {path} hold unknown class ids: {found}; expected {min(known)}..{max(known)}{ignore}")
 
 
-def find_dataset_folder(name: str, root: str | os.PathLike[str] | None) -> Path:
-    """The first existing `<root>/<name>`, where root is the argument or else each folder of EMCA_DATASETS.
+def find_dataset_folder(name: str, root: str | os.PathLike[str] | None, *, folder: str | None = None) -> Path:
+    """The first existing folder of a dataset: `<root>/<folder>`, where root is the argument or else each place of ROOT_VARIABLES.
+
+    Args:
+        name: of the dataset, for messages.
+        root: the place, or None for the environment's.
+        folder: below the root; None if it is called as the dataset.
 
     Raises:
         UsageError: no root is known, or none holds the folder.
     """
-    source = f"{ROOT_VARIABLE}={os.environ.get(ROOT_VARIABLE, '')!r}" if root is None else f"root={os.fspath(root)!r}"
-    roots = [entry for entry in (os.environ.get(ROOT_VARIABLE, "").split(os.pathsep) if root is None else [os.fspath(root)]) if entry]
-    if not roots:
+    folder = name if folder is None else folder
+    places = dataset_places() if root is None else [Path(root)]
+    if not places:
+        first, second = ROOT_VARIABLES
         raise UsageError(
-            f"dataset {name!r} needs a place: {ROOT_VARIABLE} is not set; expected the folder that holds {name!r} there or as option 'root'"
+            f"dataset {name!r} needs a place: {first} is not set (nor is {second}); "
+            f"expected the folder that holds {folder!r} there or as option 'root'"
         )
-    candidates = [Path(entry).expanduser() / name for entry in roots]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
+    candidates = [place.expanduser() / folder for place in places]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    set_ = ", ".join(f"{variable}={os.environ[variable]!r}" for variable in ROOT_VARIABLES if os.environ.get(variable))
+    source = set_ if root is None else f"root={os.fspath(root)!r}"
     raise UsageError(f"dataset {name!r} is not in {source}; looked for the folder {' and '.join(map(str, candidates))}")
 
 
-def _files_by_stem(what: str, folder: Path, suffix: str) -> dict[str, Path]:
+def dataset_places() -> list[Path]:
+    """The folders that ROOT_VARIABLES name, those of the first variable first."""
+    return [Path(entry) for variable in ROOT_VARIABLES for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+
+
+def first_existing(what: str, *candidates: Path) -> Path:
+    """The first of the paths that is there; UsageError with all of them if none is."""
+    for path in candidates:
+        if path.exists():
+            return path
+    raise UsageError(f"no {what}; looked for {' and '.join(map(str, candidates))}")
+
+
+def files_by_stem(what: str, folder: Path, suffix: str, *, nested: bool = False) -> dict[str, Path]:
+    """Files of a folder by their name without the suffix; UsageError where there are none."""
     if not folder.is_dir():
         raise UsageError(f"no {what}: the folder {folder} does not exist")
-    files = {path.name.removesuffix(suffix): path for path in folder.iterdir() if path.name.endswith(suffix)}
+    found = folder.rglob(f"*{suffix}") if nested else folder.iterdir()
+    files = {path.name.removesuffix(suffix): path for path in found if path.name.endswith(suffix)}
     if not files:
         raise UsageError(f"no {what}: the folder {folder} holds no file that ends with {suffix!r}")
     return files
 
 
-def _check_pairs(files: dict[str, Path], partners: dict[str, Path], partner: str, folder: Path) -> None:
+def check_pairs(files: dict[str, Path], partners: dict[str, Path], partner: str, folder: Path) -> None:
+    """Raise UsageError where a file has no partner of the same stem."""
     lone = sorted(files.keys() - partners.keys())
     if lone:
         more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
         raise UsageError(f"{files[lone[0]]}{more} has no {partner} of the same name in {folder}")
 
 
-def _decode(path: Path, mode: str | None) -> npt.NDArray[np.uint8]:
-    """Pixels converted to a Pillow mode, or with None the values of a single 8-bit channel as they are."""
+def decode(path: Path, mode: str | None) -> npt.NDArray[np.uint8]:
+    """Pixels converted to a Pillow mode, or with None the values of a single 8-bit channel as they are.
+
+    Raises:
+        UsageError: not a whole image file, or more than one channel where one was expected.
+    """
     try:
         with Image.open(path) as picture:
             if mode is None and picture.mode not in ("L", "P"):

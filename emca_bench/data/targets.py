@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emca_bench.data.base import IGNORE, IMAGE_PADDING, VOID, Sample
+from emca_bench.data.base import IGNORE, IMAGE_PADDING, Sample
 from emca_bench.errors import UsageError, did_you_mean, listing
 
 SIZE_DIVISOR = 32
@@ -45,7 +45,7 @@ def semantic_targets(sample: Sample) -> Targets:
 
 
 def panoptic_targets(sample: Sample) -> Targets:
-    """One mask per segment, in the order of segments; valid where the panoptic map is not VOID.
+    """One mask per segment but crowds, in the order of segments; valid where one of them is.
 
     Raises:
         UsageError: the sample has no panoptic truth.
@@ -53,9 +53,10 @@ def panoptic_targets(sample: Sample) -> Targets:
     if sample.panoptic is None:
         raise UsageError(f"sample {sample.name!r} has semantic labels only; expected panoptic labels, or the task 'semantic'")
     panoptic_HW = torch.from_numpy(np.ascontiguousarray(sample.panoptic)).long()
-    ids_T = torch.tensor([segment.id for segment in sample.segments], dtype=torch.int64)
-    labels_T = torch.tensor([segment.category for segment in sample.segments], dtype=torch.int64)
-    return Targets(labels_T, panoptic_HW == ids_T[:, None, None], panoptic_HW != VOID)
+    told_apart = [segment for segment in sample.segments if not segment.iscrowd]
+    ids_T = torch.tensor([segment.id for segment in told_apart], dtype=torch.int64)
+    labels_T = torch.tensor([segment.category for segment in told_apart], dtype=torch.int64)
+    return Targets(labels_T, panoptic_HW == ids_T[:, None, None], torch.isin(panoptic_HW, ids_T))
 
 
 TASKS: dict[str, Callable[[Sample], Targets]] = {"semantic": semantic_targets, "panoptic": panoptic_targets}

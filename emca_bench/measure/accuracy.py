@@ -8,22 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
-from emca_bench.data import Dataset, Sample, open_dataset
-from emca_bench.evaluate.semantic import SemanticScore
-from emca_bench.inference import semantic
+from emca_bench.data import Sample, open_dataset
+from emca_bench.errors import UsageError
+from emca_bench.measure.evaluation import Evaluation, PanopticRules, evaluate, write_shown_images
 from emca_bench.measure.subjects import ImpossibleError, model_overrides
 from emca_bench.models import build_model
-from emca_bench.models.mask2former import Mask2Former
-from emca_bench.records import write_atomically
-from emca_bench.specs import Arm, canonical_json, parse_size
+from emca_bench.specs import Arm, parse_size
 from emca_bench.train import Recipe, train
-
-SHOWN_IMAGES = 4
-"""Test images whose predictions are kept, spread over the split."""
 
 KEPT_LOSSES = 128
 """Points of the loss curve that a record keeps."""
@@ -47,12 +40,13 @@ def measure_accuracy(arm: Arm, params: Mapping[str, Any], *, key: str, artifacts
     device = str(params.get("device", "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise ImpossibleError("no CUDA device")
-    name, seed = str(params["dataset"]), int(params["seed"])
+    name, seed, split = str(params["dataset"]), int(params["seed"]), evaluated_split(params)
     training, test = (
         load_split(name, "train", int(params.get("train_images", 0))),
-        load_split(name, "test", int(params.get("test_images", 0))),
+        load_split(name, split, int(params.get("test_images", 0))),
     )
-    dataset = open_dataset(name, "test")
+    dataset = open_dataset(name, split)
+    rules = panoptic_rules(params)
     torch.manual_seed(seed)
     model = build_model(str(params["model"]), num_classes=len(dataset.classes), **model_overrides(arm, params))
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -70,25 +64,24 @@ def measure_accuracy(arm: Arm, params: Mapping[str, Any], *, key: str, artifacts
         training,
         recipe,
         classes=len(dataset.classes),
-        task="semantic",
+        task="semantic" if rules is None else "panoptic",
         pretrained_backbone=model.backbone.pretrained,
         on_step=lambda step, loss: on_progress(step, total, f"training step {step}/{recipe.steps}, loss {loss:.1f}"),
     )
-    score = evaluate(
+    scores = Evaluation(dataset.classes, rules)
+    evaluate(
         model,
         test,
-        classes=len(dataset.classes),
+        scores,
         shown=artifacts / "predictions" / key,
         on_image=lambda done: on_progress(recipe.steps + done, total, f"testing image {done}/{len(test)}"),
     )
-    write_shown_images(dataset, test, artifacts / name)
-    floor = score.always(commonest_class(training, len(dataset.classes)))
+    write_shown_images(dataset, test, artifacts / name, segments=rules is not None)
+    floor = scores.semantic.always(commonest_class(training, len(dataset.classes)))
     kept = np.unique(np.linspace(0, recipe.steps - 1, KEPT_LOSSES).round().astype(int))
     return {
         "values": {
-            "miou": 100 * score.miou(),
-            "class_iou": {info.name: _percent(iou) for info, iou in zip(dataset.classes, score.class_iou(), strict=True)},
-            "pixel_accuracy": 100 * score.pixel_accuracy(),
+            **scores.values(),
             "frequency_miou": 100 * floor.miou(),
             "frequency_pixel_accuracy": 100 * floor.pixel_accuracy(),
             "train_seconds": log.seconds,
@@ -107,37 +100,28 @@ def measure_accuracy(arm: Arm, params: Mapping[str, Any], *, key: str, artifacts
     }
 
 
-def evaluate(model: Mask2Former, test: list[Sample], *, classes: int, shown: Path, on_image: Callable[[int], None]) -> SemanticScore:
-    """Score the label maps of all test images at their own resolution, and keep some of them as 8-bit PNG."""
-    device = next(model.parameters()).device
-    model.eval()
-    score = SemanticScore(classes)
-    numbers = {index: number for number, index in enumerate(shown_indices(len(test)))}
-    with torch.inference_mode():
-        for index, sample in enumerate(test):
-            # a permuted view of an RGB image is already channels-last
-            image = torch.from_numpy(sample.image.copy())[None].permute(0, 3, 1, 2).float().to(device)
-            labels: npt.NDArray[np.uint8] = semantic(model(image), sample.size)[0].cpu().numpy().astype(np.uint8)
-            score.add(sample.semantic, labels)
-            if index in numbers:
-                _write_png(shown / f"{numbers[index]:02}.png", labels)
-            on_image(index + 1)
-    return score
+def panoptic_rules(params: Mapping[str, Any]) -> PanopticRules | None:
+    """The thresholds of a cell of task "panoptic"; None where the task is "semantic"."""
+    if params.get("task", "semantic") == "semantic":
+        return None
+    return PanopticRules(**{name: params[name] for name in ("object_threshold", "overlap_threshold") if name in params})
 
 
-def shown_indices(count: int) -> list[int]:
-    """Test images that are kept to look at, spread over the split."""
-    return sorted({int(position) for position in np.linspace(0, count - 1, min(SHOWN_IMAGES, count)).round()})
+def evaluated_split(params: Mapping[str, Any]) -> str:
+    """The split that a cell is evaluated on."""
+    return str(params.get("test_split", "test"))
 
 
-def write_shown_images(dataset: Dataset, test: list[Sample], folder: Path) -> None:
-    """Image and truth of the shown test images, and the classes with their colours: what overlays are painted from."""
-    classes = [{"name": info.name, "thing": info.thing, "color": list(info.color)} for info in dataset.classes]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "classes.json", canonical_json(classes))
-    for number, index in enumerate(shown_indices(len(test))):
-        _write_png(folder / f"{number:02}" / "image.png", test[index].image)
-        _write_png(folder / f"{number:02}" / "truth.png", test[index].semantic)
+def check_data(params: Mapping[str, Any]) -> None:
+    """Complain about data that cannot be used before anything is trained.
+
+    Raises:
+        UsageError: splits that cannot be opened, or a panoptic task on data without panoptic truth.
+    """
+    for split in ("train", evaluated_split(params)):
+        dataset = open_dataset(str(params["dataset"]), split)
+        if panoptic_rules(params) is not None and dataset[0].panoptic is None:
+            raise UsageError(f"dataset {dataset.name!r} has semantic labels only; expected panoptic labels for the task 'panoptic'")
 
 
 @lru_cache(maxsize=4)
@@ -151,12 +135,3 @@ def commonest_class(samples: list[Sample], classes: int) -> int:
     """The class with most pixels."""
     counts = sum(np.bincount(sample.semantic.ravel(), minlength=256)[:classes] for sample in samples)
     return int(np.argmax(counts))
-
-
-def _percent(share: float) -> float | None:
-    return None if np.isnan(share) else 100 * float(share)
-
-
-def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)

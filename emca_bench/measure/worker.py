@@ -19,10 +19,9 @@ from typing import IO, Any
 import torch
 from emca_kernels.backends import record_backends
 
-from emca_bench.data import open_dataset
 from emca_bench.environment import collect_environment
 from emca_bench.errors import UsageError
-from emca_bench.measure.accuracy import measure_accuracy
+from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.flops import count_macs
 from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
 from emca_bench.measure.memory import peak_memory_bytes
@@ -82,8 +81,7 @@ def _check(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     arm, params = Arm(**request["arm"]), request["params"]
     check_arm(arm, params)
     if "dataset" in params:
-        for split in ("train", "test"):
-            open_dataset(str(params["dataset"]), split)
+        check_data(params)
     return {}
 
 

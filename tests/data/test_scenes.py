@@ -190,7 +190,12 @@ def test_a_thing_out_of_sight_is_void() -> None:
 @pytest.mark.parametrize(
     ("name", "split", "options", "message"),
     [
-        ("scene", "train", {}, r"unknown dataset 'scene' \(did you mean 'scenes'\?\); known: camvid, scenes"),
+        (
+            "scene",
+            "train",
+            {},
+            r"unknown dataset 'scene' \(did you mean 'scenes'\?\); known: ade20k, .*, scenes",
+        ),
         ("scenes", "trian", {}, r"unknown split 'trian' of dataset 'scenes' \(did you mean 'train'\?\); known: test, train, val"),
         ("scenes", "train", {"sise": 3}, r"unknown option 'sise' of dataset 'scenes' \(did you mean 'size'\?\); known: count, seed, size"),
         ("scenes", "train", {"split_": 3}, "unknown option 'split_'"),

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from emca_bench.data import open_dataset
-from emca_bench.measure.accuracy import measure_accuracy, shown_indices
+from emca_bench.measure.accuracy import measure_accuracy
+from emca_bench.measure.evaluation import shown_indices
 from emca_bench.models.matcher import DivergedError
 from emca_bench.specs import Arm
 
