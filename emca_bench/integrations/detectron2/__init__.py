@@ -8,17 +8,7 @@
 Keys are those of facebookresearch/Mask2Former; `MODEL.MASK_FORMER.CROSS_ATTENTION` is what is added.
 """
 
-from emca_bench.models.backbones.torchvision_shim import make_torchvision_importable
-
-make_torchvision_importable()
-
-try:
-    import detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"emca_bench.integrations.detectron2 needs detectron2, which is not on PyPI under its name: run scripts/install_detectron2.sh ({error})"
-    ) from error
-
+import emca_bench.integrations.detectron2.available  # noqa: F401
 from emca_bench.integrations.detectron2 import backbone
 from emca_bench.integrations.detectron2.config import add_emca_config, config_file
 from emca_bench.integrations.detectron2.datasets import register_ade20k_panoptic, register_coco_panoptic_folder

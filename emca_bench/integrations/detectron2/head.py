@@ -33,7 +33,8 @@ class EMCAMaskFormerHead(MaskFormerHead):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments from `MODEL.SEM_SEG_HEAD` and `MODEL.MASK_FORMER`."""
         channels = {level: shape.channels for level, shape in input_shape.items()}
-        return {"pixel_decoder": build_pixel_decoder(cfg, channels), "predictor": build_predictor(cfg)}
+        pixel_decoder = build_pixel_decoder(cfg, channels)
+        return {"pixel_decoder": pixel_decoder, "predictor": build_predictor(cfg, pixel_decoder.pyramid_channels)}
 
     def forward(self, maps: dict[str, Tensor], *, image_size: tuple[int, int]) -> Predictions:
         """Backbone maps to predictions."""
@@ -54,8 +55,8 @@ def build_pixel_decoder(cfg: CfgNode, channels: dict[str, int]) -> PixelDecoder:
     return PIXEL_DECODERS[name](channels=channels, width=head.CONVS_DIM)
 
 
-def build_predictor(cfg: CfgNode) -> MaskDecoder:
-    """The mask decoder with the cross-attention of `MODEL.MASK_FORMER.CROSS_ATTENTION`."""
+def build_predictor(cfg: CfgNode, pyramid_channels: int | None = None) -> MaskDecoder:
+    """The mask decoder with the cross-attention of `MODEL.MASK_FORMER.CROSS_ATTENTION`, for maps of so many channels."""
     former = cfg.MODEL.MASK_FORMER
     switches = {key.lower(): value for key, value in former.CROSS_ATTENTION.items() if key != "NAME" and value is not None}
     if former.CROSS_ATTENTION.NAME in NHEADS_ATTENTIONS:
@@ -72,5 +73,7 @@ def build_predictor(cfg: CfgNode) -> MaskDecoder:
         layers=former.DEC_LAYERS - 1,
         heads=former.NHEADS,
         feedforward=former.DIM_FEEDFORWARD,
+        pre_norm=former.PRE_NORM,
+        pyramid_channels=pyramid_channels,
         mask_source=former.MASK_SOURCE,
     )
