@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
     "MODEL.RESNETS.NORM": "SyncBN",
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
@@ -77,6 +77,12 @@ def tiny(tmp_path: Path) -> Callable[..., CfgNode]:
         return cfg
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cityscapesscripts leaves a file in the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

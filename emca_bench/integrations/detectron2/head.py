@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
-from torch import Tensor
 
 from emca_bench.models.attention import CrossAttention, build_attention
 from emca_bench.models.mask2former import MaskFormerHead
 from emca_bench.models.mask_decoder import MaskDecoder
 from emca_bench.models.pixel_decoders import PIXEL_DECODERS, PixelDecoder
 from emca_bench.models.pixel_decoders.msdeform import MSDeformAttnPixelDecoder
-from emca_bench.models.predictions import Predictions
 
 NHEADS_ATTENTIONS = ("masked", "masked_fused")
 """Cross-attentions whose heads are MODEL.MASK_FORMER.NHEADS; all others keep their preset's."""
@@ -23,7 +20,7 @@ NHEADS_ATTENTIONS = ("masked", "masked_fused")
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class EMCAMaskFormerHead(MaskFormerHead):
-    """`MaskFormerHead` with detectron2's construction; the pixel decoder runs in float32 under autocast, as the original's."""
+    """`MaskFormerHead`, as detectron2 constructs it."""
 
     @configurable
     def __init__(self, *, pixel_decoder: PixelDecoder, predictor: MaskDecoder) -> None:
@@ -35,13 +32,6 @@ class EMCAMaskFormerHead(MaskFormerHead):
         channels = {level: shape.channels for level, shape in input_shape.items()}
         pixel_decoder = build_pixel_decoder(cfg, channels)
         return {"pixel_decoder": pixel_decoder, "predictor": build_predictor(cfg, pixel_decoder.pyramid_channels)}
-
-    def forward(self, maps: dict[str, Tensor], *, image_size: tuple[int, int]) -> Predictions:
-        """Backbone maps to predictions."""
-        device = next(iter(maps.values())).device.type
-        with torch.autocast(device, enabled=False):
-            mask_features, pyramid = self.pixel_decoder({level: features.float() for level, features in maps.items()})
-        return self.predictor(mask_features, pyramid, image_size=image_size)
 
 
 def build_pixel_decoder(cfg: CfgNode, channels: dict[str, int]) -> PixelDecoder:

@@ -48,6 +48,12 @@ class Trainer(DefaultTrainer):
         """Schedules of detectron2, and WarmupPolyLR."""
         return build_lr_scheduler(cfg, optimizer)
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As detectron2's, but for a schedule that ends where this configuration says, not where the checkpoint's did."""
+        super().resume_or_load(resume)
+        if hasattr(self.scheduler, "max_iters"):
+            self.scheduler.max_iters = self.max_iter
+
 
 class CompleteCheckpointer(DetectionCheckpointer):
     """For evaluation: a model with random parts left has no score.
@@ -75,7 +81,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_emca_config(cfg)
     if args.config_file:
-        cfg.merge_from_file(config_file(args.config_file))
+        args.config_file = config_file(args.config_file)
+        cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     fit_to_machine(cfg)
     check_only(cfg, {"TEST.AUG.ENABLED": (False,)})

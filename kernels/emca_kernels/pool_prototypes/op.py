@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
 from emca_kernels.checks import check_allowed, check_divides, check_same, check_tensor
 from emca_kernels.pool_prototypes import reference
@@ -39,6 +40,7 @@ def pool_prototypes(
     check_tensor("features", features, ("B", "P", "C"), sizes)
     if queries is not None:
         check_tensor("queries", queries, ("B", "Q", "C"), sizes)
+        features, queries = follow_autocast(features, queries)
         check_same("features", features, "queries", queries)
         if allowed is None:
             allowed = torch.ones((), dtype=torch.bool, device=features.device).expand(sizes["B"], sizes["Q"], sizes["P"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
 from emca_kernels.checks import check_allowed, check_divides, check_same, check_tensor
 from emca_kernels.select_prototypes import reference
@@ -42,6 +43,7 @@ def select_prototypes(
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     check_tensor("queries", queries, ("B", "Q", "C"), sizes)
+    features, queries = follow_autocast(features, queries)
     check_same("features", features, "queries", queries)
     check_allowed(allowed, sizes)
     check_divides("heads", heads, "C", sizes["C"])
