@@ -20,12 +20,21 @@ ROOT = Path(tempfile.mkdtemp(prefix="emca-detectron2-"))
 atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
 os.environ["DETECTRON2_DATASETS"] = str(ROOT)
 
+# first, since it makes torchvision importable beside a torch without CUDA
+import emca_bench.integrations.detectron2  # noqa: E402, F401
+
+# isort: split
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from emca_bench.integrations.detectron2 import add_emca_config, config_file  # noqa: E402
+from emca_bench.integrations.detectron2.compat import read_labels  # noqa: E402
+from emca_bench.integrations.detectron2.mappers import read_panoptic  # noqa: E402
 
 SIZE = (64, 128)
 
@@ -57,6 +66,7 @@ TINY: dict[str, Any] = {
     "INPUT.MIN_SIZE_TEST": 64,
     "INPUT.MAX_SIZE_TEST": 128,
     "INPUT.CROP.SIZE": (64, 64),
+    "INPUT.SIZE_DIVISIBILITY": 64,
     "DATALOADER.NUM_WORKERS": 0,
 }
 
@@ -200,3 +210,88 @@ def ade20k() -> Path:
         categories = [{"id": i, "name": str(i), "isthing": int(i not in ADE20K_STUFF)} for i in range(150)]
         save_coco_panoptic(root / f"ade20k_panoptic_{split}", images, annotations, categories)
     return root
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a model would return for one image, as arrays: classes [H, W], ids [H, W] with (id, class), masks with classes and scores."""
+
+    record: dict[str, Any]
+    classes: np.ndarray
+    ids: np.ndarray
+    segments: list[tuple[int, int]]
+    masks: np.ndarray
+    mask_classes: np.ndarray
+    scores: np.ndarray
+
+    def output(self, classes: int, things: set[int]) -> dict[str, Any]:
+        """The same in detectron2's convention."""
+        one_hot = torch.nn.functional.one_hot(torch.from_numpy(self.classes).long(), classes).permute(2, 0, 1).float()
+        segments = [{"id": id_, "category_id": class_, "isthing": class_ in things} for id_, class_ in self.segments]
+        instances = Instances(
+            self.ids.shape,
+            scores=torch.from_numpy(self.scores),
+            pred_classes=torch.from_numpy(self.mask_classes),
+            pred_masks=torch.from_numpy(self.masks),
+            pred_boxes=Boxes(torch.zeros(len(self.masks), 4)),
+        )
+        return {"sem_seg": one_hot, "panoptic_seg": (torch.from_numpy(self.ids.astype(np.int32)), segments), "instances": instances}
+
+
+@pytest.fixture
+def results() -> Callable[..., list[Result]]:
+    """Predictions for every image of a registered panoptic dataset: the truth itself, or disturbed truth."""
+
+    def make(name: str, rng: np.random.Generator | None = None) -> list[Result]:
+        metadata = MetadataCatalog.get(name)
+        things, classes = set(metadata.thing_dataset_id_to_contiguous_id.values()), len(metadata.stuff_classes)
+        truths = [truth_of(record, things) for record in DatasetCatalog.get(name)]
+        return truths if rng is None else [disturbed(truth, things, classes, rng) for truth in truths]
+
+    return make
+
+
+def truth_of(record: dict[str, Any], things: set[int]) -> Result:
+    """The truth of a panoptic record as a prediction; ignored pixels are of class 0."""
+    truth = read_panoptic(record, 255)
+    classes = truth.class_map(255)
+    if "sem_seg_file_name" in record:
+        classes = read_labels(record["sem_seg_file_name"], dtype=np.int64)
+    segments = list(truth.classes.items())
+    found = [(id_, class_) for id_, class_ in segments if class_ in things]
+    masks = np.stack([truth.ids == id_ for id_, _ in found]) if found else np.zeros((0, *truth.ids.shape), dtype=bool)
+    kept = np.isin(truth.ids, list(truth.classes))
+    return Result(
+        record=record,
+        classes=np.where(classes == 255, 0, classes),
+        ids=np.where(kept, truth.ids, 0),
+        segments=segments,
+        masks=masks,
+        mask_classes=np.array([class_ for _, class_ in found], dtype=np.int64),
+        scores=np.linspace(0.9, 0.8, len(found)).astype(np.float32),
+    )
+
+
+def disturbed(truth: Result, things: set[int], classes: int, rng: np.random.Generator) -> Result:
+    """A prediction that is partly right: moved by some pixels, a segment lost, a class mistaken, scores at random, masks doubled."""
+    shift = tuple(rng.integers(1, 4, 2))
+    ids, labels = (np.roll(array, shift, (0, 1)) for array in (truth.ids, truth.classes))
+    lost, mistaken = rng.choice(len(truth.segments), 2, replace=False)
+    segments = []
+    for index, (id_, class_) in enumerate(truth.segments):
+        if index == lost:
+            ids[ids == id_] = 0
+        elif (ids == id_).any():
+            alike = [other for other in range(classes) if (other in things) == (class_ in things)]
+            segments.append((id_, int(rng.choice(alike)) if index == mistaken else class_))
+    labels[: len(labels) // 5] = rng.integers(0, classes, labels[: len(labels) // 5].shape)
+    masks = np.concatenate([np.roll(truth.masks, shift, (1, 2)), truth.masks & (rng.random(truth.masks.shape) > 0.2)])
+    return Result(
+        record=truth.record,
+        classes=labels,
+        ids=ids,
+        segments=segments,
+        masks=masks,
+        mask_classes=np.concatenate([truth.mask_classes, truth.mask_classes]),
+        scores=rng.random(len(masks)).astype(np.float32),
+    )

@@ -78,7 +78,7 @@ def test_results_equal_the_models_own(attention: str, tiny: Callable[..., CfgNod
 
 @pytest.mark.parametrize("attention", ["masked", "emca"])
 def test_losses_equal_the_models_own(attention: str, tiny: Callable[..., CfgNode], cityscapes: Path):
-    cfg = tiny(PANOPTIC, {"MODEL.MASK_FORMER.CROSS_ATTENTION.NAME": attention, "INPUT.SIZE_DIVISIBILITY": 64})
+    cfg = tiny(PANOPTIC, {"MODEL.MASK_FORMER.CROSS_ATTENTION.NAME": attention})
     theirs, ours = pair(cfg)
     mapper = build_mapper(cfg)
     batch = [mapper(record) for record in DatasetCatalog.get("cityscapes_fine_panoptic_train")]

@@ -46,6 +46,8 @@ class InstanceEvaluator(COCOEvaluator):
             if comm.is_main_process():
                 write_instances_json(dataset_name, truth)
             comm.synchronize()
+        # metadata cannot be changed, and the folder may be another than last time
+        MetadataCatalog.pop(f"{dataset_name}_things", None)
         things = MetadataCatalog.get(f"{dataset_name}_things")
         things.set(
             json_file=truth,
