@@ -1,7 +1,8 @@
-"""Every task of the project. One environment serves all sessions, made once in .nox/suite from constraints.txt.
+"""Every task of the project. One environment serves all sessions but one, made once in .nox/suite from constraints.txt.
 
 python3 -m nox -s reproduce                 everything in minutes, ends with the path of a report
 python3 -m nox -s tests                     lint, types, import contracts, tests
+python3 -m nox -s tests_detectron2          the detectron2 integration, in .nox/detectron2 from constraints-detectron2.txt
 python3 -m nox -s accuracy -- camvid        one study; arguments behind -- go to `emca-bench run`
 """
 
@@ -10,35 +11,47 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["tests"]
+nox.options.sessions = ["tests", "tests_detectron2"]
 
 ROOT = Path(__file__).parent
-SUITE = ROOT / ".nox" / "suite"
-BIN = SUITE / ("Scripts" if os.name == "nt" else "bin")
+ENVIRONMENTS = ROOT / ".nox"
 
 
-def suite(session: nox.Session) -> None:
-    """Make the shared environment, unless it is there and made from the same files."""
-    made_from = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))).hexdigest()
-    stamp = SUITE / "made-from"
+def binaries(environment: str) -> Path:
+    return ENVIRONMENTS / environment / ("Scripts" if os.name == "nt" else "bin")
+
+
+def make(session: nox.Session, environment: str, files: Sequence[str], *installs: Sequence[str], script: Sequence[str] = ()) -> None:
+    """Make an environment with torch and what else is asked for, unless it is there and made from the same files."""
+    made_from = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
+    stamp = ENVIRONMENTS / environment / "made-from"
     if stamp.is_file() and stamp.read_text() == made_from:
         return
-    session.run(sys.executable, "-m", "venv", "--clear", str(SUITE), external=True)
-    install = [str(BIN / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    session.run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENTS / environment), external=True)
+    python = str(binaries(environment) / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", files[-1]]
     session.log("installing torch and the other pinned packages, about 1.5 GB; minutes on a slow line")
     # torch first, so that nothing else decides which build of it comes
-    session.run(*install, "torch", external=True)
-    session.run(*install, "-e", ".[dev]", external=True)
+    for packages in (["torch"], *installs):
+        session.run(*install, *packages, external=True)
+    if script:
+        session.run(*script, external=True, env={"PYTHON": python})
     stamp.write_text(made_from)
 
 
+def suite(session: nox.Session) -> None:
+    """The environment of all sessions but `tests_detectron2`."""
+    make(session, "suite", ["pyproject.toml", "constraints.txt"], ["-e", ".[dev]"])
+
+
 def in_suite(session: nox.Session, tool: str, *arguments: str, **environment: str) -> None:
-    session.run(str(BIN / tool), *arguments, external=True, env=environment)
+    session.run(str(binaries("suite") / tool), *arguments, external=True, env=environment)
 
 
 def run_study(session: nox.Session, study: str) -> None:
@@ -74,6 +87,16 @@ def tests(session: nox.Session) -> None:
     suite(session)
     # waiting threads sleep: tests start processes of their own, and spinning for them takes minutes
     in_suite(session, "pytest", *session.posargs, OMP_WAIT_POLICY="PASSIVE")
+
+
+@nox.session
+def tests_detectron2(session: nox.Session) -> None:
+    """Train, resume and evaluate through detectron2, which it installs; it fails where detectron2 is missing."""
+    installer = "scripts/install_detectron2.sh"
+    files = ["pyproject.toml", installer, "constraints-detectron2.txt"]
+    make(session, "detectron2", files, ["pytest", "pytest-timeout"], script=["bash", installer, "--from-pypi"])
+    pytest = str(binaries("detectron2") / "pytest")
+    session.run(pytest, "tests/detectron2", *session.posargs, external=True, env={"OMP_WAIT_POLICY": "PASSIVE"})
 
 
 @nox.session

@@ -47,15 +47,19 @@ class Instances:
 
 
 @torch.no_grad()
-def semantic_scores(predictions: Predictions, size: tuple[int, int]) -> Tensor:
+def semantic_scores(predictions: Predictions, size: tuple[int, int], *, resize_masks: bool = False) -> Tensor:
     """Score [B, classes, H, W] of each class at each pixel: the sum over queries of class probability times mask probability.
 
-    Source: MaskFormer, section 3.4. The class scores are resized, not the masks.
+    Source: MaskFormer, section 3.4.
 
     Args:
         predictions: of the model.
         size: (H, W) of the result.
+        resize_masks: take mask logits to the size of the result, as the original does in models that are panoptic or instance models
+            too; by default the class scores are.
     """
+    if resize_masks and tuple(predictions.image_size) != tuple(size):
+        return _scores_of_resized_masks(predictions, size)
     scores_BKHW = _joined(list(_score_strips(predictions)), dim=2)
     if tuple(scores_BKHW.shape[-2:]) != tuple(size):
         scores_BKHW = F.interpolate(scores_BKHW, size=size, mode="bilinear", align_corners=False)
@@ -236,6 +240,16 @@ def _score_strips(predictions: Predictions) -> Iterator[Tensor]:
         strip = _resized(logits_BQhw[:, :, low:high], (MASK_STRIDE * (high - low), width))
         strip = strip[:, :, MASK_STRIDE * (rows.start - low) : min(MASK_STRIDE * rows.stop, height) - MASK_STRIDE * low]
         yield torch.einsum("bqk,bqhw->bkhw", probability_BQK, strip.sigmoid())
+
+
+def _scores_of_resized_masks(predictions: Predictions, size: tuple[int, int]) -> Tensor:
+    """Class scores [B, classes, H, W] from masks at the size of the result, summed over parts of the queries."""
+    probability_BQK = predictions.class_logits.softmax(-1)[..., :-1]
+    scores_BKHW = probability_BQK.new_zeros(probability_BQK.shape[0], probability_BQK.shape[2], *size)
+    for scores_KHW, probability_QK, logits_Qhw in zip(scores_BKHW, probability_BQK, predictions.mask_logits, strict=True):
+        for part, logits_qHW in _Masks(logits_Qhw, predictions.image_size, size).parts():
+            scores_KHW += torch.einsum("qk,qhw->khw", probability_QK[part], logits_qHW.sigmoid_())
+    return scores_BKHW
 
 
 def _resized(mask_logits_BQhw: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -63,8 +63,11 @@ class Criterion(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum that is minimised."""
-        terms = [self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()]
-        return torch.stack(terms).sum()
+        return torch.stack(list(self.weighted(losses).values())).sum()
+
+    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss times its weight, under the same names."""
+        return {name: self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()}
 
     def _losses(self, predictions: Predictions, targets: Sequence[Segments]) -> dict[str, Tensor]:
         predictions = _at_least_float32(predictions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from emca_kernels.autocast import autocast_dtype
 from torch import Tensor, nn
 
 from emca_bench.models.backbones import Backbone
@@ -15,7 +16,7 @@ SIZE_DIVISIBILITY = 32
 
 
 class MaskFormerHead(nn.Module):
-    """Pixel decoder and mask decoder, under the original's names."""
+    """Pixel decoder and mask decoder, under the original's names; as there, autocast leaves the pixel decoder in float32."""
 
     def __init__(self, pixel_decoder: PixelDecoder, predictor: MaskDecoder) -> None:
         super().__init__()
@@ -24,7 +25,12 @@ class MaskFormerHead(nn.Module):
 
     def forward(self, maps: dict[str, Tensor], *, image_size: tuple[int, int]) -> Predictions:
         """Backbone maps to predictions."""
-        mask_features, pyramid = self.pixel_decoder(maps)
+        first = next(iter(maps.values()))
+        if autocast_dtype(first) is None:
+            mask_features, pyramid = self.pixel_decoder(maps)
+        else:
+            with torch.autocast(first.device.type, enabled=False):
+                mask_features, pyramid = self.pixel_decoder({level: features.float() for level, features in maps.items()})
         return self.predictor(mask_features, pyramid, image_size=image_size)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from emca_kernels.attend_prototypes import reference
+from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_same, check_tensor, join_autocast
+from emca_kernels.checks import check_same, check_tensor
 
 NORM_AXES = ("row", "queries")
 
@@ -44,19 +45,19 @@ def attend_prototypes(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
-    prototypes, queries, product_weight, product_bias, alpha, out_weight, out_bias = join_autocast(
-        prototypes, queries, product_weight, product_bias, alpha, out_weight, out_bias
-    )
     sizes: dict[str, int] = {}
     check_tensor("prototypes", prototypes, ("B", "Q", "D"), sizes)
     check_tensor("queries", queries, ("B", "Q", "D"), sizes)
-    check_same("prototypes", prototypes, "queries", queries)
     check_tensor("product_weight", product_weight, ("E", "D"), {**sizes, "E": sizes["D"]})
     check_tensor("product_bias", product_bias, ("D",), sizes)
     check_tensor("alpha", alpha, ("D",), sizes)
     check_tensor("out_weight", out_weight, ("C", "D"), sizes)
     check_tensor("out_bias", out_bias, ("C",), sizes)
+    prototypes, queries, product_weight, product_bias, alpha, out_weight, out_bias = follow_autocast(
+        prototypes, queries, product_weight, product_bias, alpha, out_weight, out_bias
+    )
     for name, parameter in (
+        ("queries", queries),
         ("product_weight", product_weight),
         ("product_bias", product_bias),
         ("alpha", alpha),

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_allowed, check_divides, check_position, check_same, check_tensor, join_autocast
+from emca_kernels.checks import check_allowed, check_divides, check_position, check_same, check_tensor
 from emca_kernels.native import library
 from emca_kernels.pool_prototypes import native, reference
 from emca_kernels.pool_prototypes.backward import backward
@@ -122,7 +123,7 @@ def pool_prototypes(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
-    features, queries, position = join_autocast(features, queries, position)
+    features, queries, position = follow_autocast(features, queries, position)
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     if queries is not None:
