@@ -124,7 +124,10 @@ def test_softmax_neither_overflows_nor_vanishes(isa: str, scale: float) -> None:
 
 @pytest.mark.parametrize(("kind", "soft"), [("none", True), ("random", True), ("random", False)])
 def test_gradients_of_pools(kind: str, soft: bool) -> None:
-    """More pixels than a tile of the backward pass. The error may be twice that of plain torch in float32, both against float64."""
+    """More pixels than a tile of the backward pass. The error may be twice that of plain torch in float32, both against float64.
+
+    And no less than what the rounding of a logsumexp of about 10 does to every weight.
+    """
     pixels, queries = 2500, 11
     given = torch.randn(2, pixels, 24), torch.randn(2, queries, 24), torch.randn(1, pixels, 24)
     allowed, weight = masks(kind, queries, pixels), torch.randn(2, queries, 3, 8)
@@ -136,7 +139,7 @@ def test_gradients_of_pools(kind: str, soft: bool) -> None:
         outcomes.append([features.grad, position.grad, *([asked.grad] if soft else [])])
     for found, plain, exact in zip(*outcomes, strict=True):
         assert found is not None
-        assert (found - exact).norm() <= 2 * (plain - exact).norm() + 1e-7 * exact.norm()
+        assert (found - exact).norm() <= 2 * (plain - exact).norm() + 10 * torch.finfo(torch.float32).eps * exact.norm()
 
 
 def test_threads_do_not_change_a_bit(isa: str) -> None:
