@@ -1,0 +1,132 @@
+"""Any registered attention inside Hugging Face's own Mask2Former, in place of its cross-attention.
+
+Its decoder layer calls `cross_attn` with positions already added, adds the residual itself, and gets a mask in which the decoder has
+opened the rows of queries with an empty mask. Our attentions want queries and positions apart, include the residual, have their own
+rule for empty masks, and want to know the map's size. Four hooks mend that, of documented kinds, and without state between calls of a
+layer, so that gradient checkpointing, which calls layers again, works:
+
+- behind the mask predictor, the mask becomes a map [B, Q, h, w + 1] whose last column is open: no row of it is ever blocked as a whole,
+  so that the decoder's own rule leaves it alone, and it carries its size;
+- in front of the layer, its inputs are handed to the attention;
+- in front of the attention, they take the place of what the layer calls it with;
+- behind the attention, the residual that the layer will add is subtracted.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerModel
+
+from emca_bench.errors import UsageError
+from emca_bench.integrations.transformers.config import check_config
+from emca_bench.models.attention import CrossAttention, build_attention
+from emca_bench.models.attention.masked import MaskedCrossAttention
+
+
+class Inputs(NamedTuple):
+    """What a decoder layer was called with, batch first."""
+
+    queries_BQC: Tensor
+    query_pos_BQC: Tensor
+    features_BPC: Tensor
+    feature_pos_BPC: Tensor
+
+
+def replace_cross_attention(hf_model: nn.Module, attention: str = "emca", **switches: Any) -> nn.Module:
+    """Swap the cross-attention of every decoder layer of a Hugging Face Mask2Former, in place.
+
+    From masked cross-attention to "masked" or "masked_fused", and between attentions with the same parameters, the weights are carried
+    over; any other attention starts fresh and wants training. Parameters keep their place, `...decoder.layers.0.cross_attn.*`; a
+    state dict loads into a model that had the same replacement. `from_pretrained` builds Hugging Face's own attention: load, then replace.
+
+    Args:
+        hf_model: a `Mask2FormerForUniversalSegmentation` or `Mask2FormerModel`, any backbone.
+        attention: registry name, "emca", "masked_fused", ...
+        switches: of the attention, see `build_attention`; heads of masked attentions are the model's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: another model, an unknown attention or switch, or settings of the model that the published Mask2Former does not have.
+    """
+    decoder = _decoder(hf_model)
+    check_config(hf_model.config)
+    if attention.startswith("masked"):
+        switches.setdefault("heads", hf_model.config.num_attention_heads)
+    width = hf_model.config.hidden_dim
+    built = [build_attention(attention, width=width, **switches) for _ in decoder.layers]
+    for layer, new in zip(decoder.layers, built, strict=True):
+        _carry_over(layer.cross_attn, new)
+    _seat(decoder, built)
+    return hf_model
+
+
+def place_attentions(hf_model: nn.Module, attentions: Sequence[nn.Module]) -> None:
+    """Copies of our modules in the decoder layers, unless they are what Hugging Face has there anyway."""
+    if not all(isinstance(attention, MaskedCrossAttention) for attention in attentions):
+        _seat(_decoder(hf_model), [copy.deepcopy(attention) for attention in attentions])
+
+
+def _decoder(hf_model: nn.Module) -> Any:
+    if isinstance(hf_model, Mask2FormerForUniversalSegmentation):
+        hf_model = hf_model.model
+    if not isinstance(hf_model, Mask2FormerModel):
+        raise UsageError(f"a {type(hf_model).__name__}; expected a Mask2FormerForUniversalSegmentation or Mask2FormerModel of transformers")
+    return hf_model.transformer_module.decoder
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Weights where names and shapes are the same; device, dtype and mode always."""
+    before, after = old.state_dict(), new.state_dict()
+    if {name: tensor.shape for name, tensor in before.items()} == {name: tensor.shape for name, tensor in after.items()}:
+        new.load_state_dict(before)
+    new.train(old.training)
+
+
+def _seat(decoder: Any, attentions: Sequence[nn.Module]) -> None:
+    like = decoder.layernorm.weight
+    if not isinstance(decoder.layers[0].cross_attn, CrossAttention):
+        decoder.mask_predictor.register_forward_hook(_mask_as_map, with_kwargs=True)
+        for layer in decoder.layers:
+            layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    for layer, attention in zip(decoder.layers, attentions, strict=True):
+        attention.register_forward_pre_hook(_call_as_ours, with_kwargs=True)
+        attention.register_forward_hook(_without_residual)
+        layer.cross_attn = attention.to(like.device, like.dtype)
+
+
+def _mask_as_map(predictor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    mask_logits, blocked = output
+    call = inspect.signature(predictor.forward).bind(*args, **kwargs)
+    height, width = call.arguments["attention_mask_target_size"]
+    per_query_BQhw = blocked.unflatten(0, (mask_logits.shape[0], -1))[:, 0].unflatten(-1, (height, width))
+    return mask_logits, F.pad(per_query_BQhw, (0, 1), value=False)
+
+
+def _hand_over(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    call = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+    level = call["level_index"]
+    layer.cross_attn.inputs = Inputs(
+        call["hidden_states"].transpose(0, 1),
+        call["query_position_embeddings"].transpose(0, 1),
+        call["encoder_hidden_states"][level].transpose(0, 1),
+        call["position_embeddings"][level].transpose(0, 1),
+    )
+
+
+def _call_as_ours(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    blocked_BQhw = kwargs["attn_mask"][..., :-1]
+    return (*attention.inputs, ~blocked_BQhw.flatten(2)), {"shape": tuple(blocked_BQhw.shape[2:])}
+
+
+def _without_residual(attention: Any, args: tuple[Any, ...], output: Tensor) -> tuple[Tensor, None]:
+    update_BQC = output - attention.inputs.queries_BQC
+    del attention.inputs
+    return update_BQC.transpose(0, 1), None
