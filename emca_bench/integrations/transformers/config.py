@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import Mask2FormerConfig, ResNetConfig, SwinConfig
 
 from emca_bench.errors import UsageError
+from emca_bench.models.attention import CrossAttention, build_attention
 from emca_bench.models.backbones import LEVELS, Backbone
 from emca_bench.models.backbones.resnet import Block, Conv2d, ResNet
 from emca_bench.models.backbones.swin import SwinTransformer
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.pixel_decoders.msdeform import MSDeformAttnPixelDecoder
 
+MASKED = ("masked", "masked_fused")
+"""Attentions with the weights that a Hugging Face model has, and so its heads."""
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -44,6 +47,12 @@ def _expect(name: str, settings: Iterable[tuple[str, Any, Any]]) -> None:
     for setting, found, expected in settings:
         if found != expected:
             raise UsageError(f"{name} has {setting}={found!r}; expected {expected!r}, as the published Mask2Former has it")
+
+
+def make_attention(config: Mask2FormerConfig, name: str, switches: Mapping[str, Any]) -> CrossAttention:
+    """An attention of the configuration's width; the masked ones have its heads."""
+    heads = {"heads": config.num_attention_heads} if name in MASKED else {}
+    return build_attention(name, width=config.hidden_dim, **(heads | dict(switches)))
 
 
 def make_backbone(config: Any, *, norm: str) -> Backbone:

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import Mask2FormerForUniversalSegmentation
 
 from emca_bench.errors import UsageError
-from emca_bench.integrations.transformers.config import check_config, make_backbone, make_config
+from emca_bench.integrations.transformers.config import check_config, make_attention, make_backbone, make_config
 from emca_bench.integrations.transformers.drop_in import place_attentions
-from emca_bench.models.attention import CrossAttention, build_attention
 from emca_bench.models.checkpoints.files import CheckpointError
 from emca_bench.models.checkpoints.load import load_tensors
 from emca_bench.models.checkpoints.names import Recognised, to_original_names, to_transformers_names
@@ -20,6 +19,7 @@ from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.mask_decoder import MaskDecoder
 from emca_bench.models.pixel_decoders.msdeform import MSDeformAttnPixelDecoder
 
+ATTENTION = ".multihead_attn."
 HF_ONLY = ("criterion.empty_weight", "swin.layernorm.weight", "swin.layernorm.bias")
 """Ends of names of Hugging Face's model that ours has no tensor for: the loss's class weights, and a norm that nothing reads."""
 
@@ -57,21 +57,15 @@ def from_transformers(
         raise UsageError(f"a {type(hf_model).__name__}; expected a Mask2FormerForUniversalSegmentation of transformers")
     check_config(hf_model.config)
     like = hf_model.class_predictor.weight
-    model = _build(hf_model.config, attention, dict(attention_switches or {}), norm, mask_source).to(like.device, like.dtype)
+    model = _build(hf_model.config, attention, attention_switches or {}, norm, mask_source).to(like.device, like.dtype)
     if image_processor is not None:
         _take_statistics(model, image_processor)
-    _copy_weights(to_original_names(hf_model.state_dict()), model, attention)
+    _copy_weights(to_original_names(hf_model.state_dict()), model)
     return model.train(hf_model.training)
 
 
-def _build(config: Any, attention: str, switches: dict[str, Any], norm: str, mask_source: str) -> Mask2Former:
+def _build(config: Any, attention: str, switches: Mapping[str, Any], norm: str, mask_source: str) -> Mask2Former:
     width, heads = config.hidden_dim, config.num_attention_heads
-    if attention.startswith("masked"):
-        switches.setdefault("heads", heads)
-
-    def cross_attention() -> CrossAttention:
-        return build_attention(attention, width=width, **switches)
-
     backbone = make_backbone(config.backbone_config, norm=norm)
     return Mask2Former(
         backbone=backbone,
@@ -83,7 +77,7 @@ def _build(config: Any, attention: str, switches: dict[str, Any], norm: str, mas
             feedforward=config.encoder_feedforward_dim,
         ),
         predictor=MaskDecoder(
-            attention=cross_attention,
+            attention=lambda: make_attention(config, attention, switches),
             width=width,
             classes=config.num_labels,
             queries=config.num_queries,
@@ -105,11 +99,11 @@ def _take_statistics(model: Mask2Former, image_processor: Any) -> None:
     model.pixel_std.copy_((std / factor).view(3, 1, 1))
 
 
-def _copy_weights(checkpoint: Recognised, model: Mask2Former, attention: str) -> None:
+def _copy_weights(checkpoint: Recognised, model: Mask2Former) -> None:
     report = load_tensors(model, checkpoint, source="the Hugging Face model", strict=False)
     strays = [*report.missing, *report.unexpected, *(name for name, _, _ in report.misshaped)]
-    others = [name for name in strays if ".multihead_attn." not in name]
-    if others or (strays and attention.startswith("masked")):
+    attention_loaded = any(ATTENTION in name for name in report.loaded)
+    if any(attention_loaded or ATTENTION not in name for name in strays):
         raise CheckpointError(f"the weights do not fit\n{report}")
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerModel
 
 from emca_bench.errors import UsageError
-from emca_bench.integrations.transformers.config import check_config
-from emca_bench.models.attention import CrossAttention, build_attention
+from emca_bench.integrations.transformers.config import check_config, make_attention
+from emca_bench.models.attention import CrossAttention
 from emca_bench.models.attention.masked import MaskedCrossAttention
 
 
@@ -58,10 +58,7 @@ def replace_cross_attention(hf_model: nn.Module, attention: str = "emca", **swit
     """
     decoder = _decoder(hf_model)
     check_config(hf_model.config)
-    if attention.startswith("masked"):
-        switches.setdefault("heads", hf_model.config.num_attention_heads)
-    width = hf_model.config.hidden_dim
-    built = [build_attention(attention, width=width, **switches) for _ in decoder.layers]
+    built = [make_attention(hf_model.config, attention, switches) for _ in decoder.layers]
     for layer, new in zip(decoder.layers, built, strict=True):
         _carry_over(layer.cross_attn, new)
     _seat(decoder, built)

@@ -139,8 +139,8 @@ def _recognise(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         if "\npixel_level_module." in text:  # saved from the model without its heads
             tensors = {f"model.{name}" if name.split(".")[0] in ("pixel_level_module", "transformer_module") else name: tensor
                        for name, tensor in tensors.items()}
-        version = 4 if ".attention.self.query." in text else 5
-        return f"Hugging Face transformers {version}", TRANSFORMERS.to_ours(_swin_of_transformers_5(tensors))
+        swin = ", Swin as in version 4" if ".attention.self.query." in text else ""
+        return f"Hugging Face transformers{swin}", TRANSFORMERS.to_ours(_swin_of_transformers_5(tensors))
     if ".feature_proj." in text or ".to_query." in text:
         return "PEM, its first release" if ".to_query." in text else "PEM", PEM.to_ours(_static_query(tensors))
     if "\nsem_seg_head." in text:
