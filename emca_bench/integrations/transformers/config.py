@@ -10,6 +10,7 @@ from transformers import Mask2FormerConfig, ResNetConfig, SwinConfig
 
 from emca_bench.errors import UsageError
 from emca_bench.models.attention import CrossAttention, build_attention
+from emca_bench.models.attention.masked import MaskedCrossAttention
 from emca_bench.models.backbones import LEVELS, Backbone
 from emca_bench.models.backbones.resnet import Block, Conv2d, ResNet
 from emca_bench.models.backbones.swin import SwinTransformer
@@ -21,7 +22,7 @@ MASKED = ("masked", "masked_fused")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-def check_config(config: Mask2FormerConfig) -> None:
+def check_config(config: Any) -> None:
     """Refuse what our Mask2Former, and the published one, does not have.
 
     Raises:
@@ -49,7 +50,7 @@ def _expect(name: str, settings: Iterable[tuple[str, Any, Any]]) -> None:
             raise UsageError(f"{name} has {setting}={found!r}; expected {expected!r}, as the published Mask2Former has it")
 
 
-def make_attention(config: Mask2FormerConfig, name: str, switches: Mapping[str, Any]) -> CrossAttention:
+def make_attention(config: Any, name: str, switches: Mapping[str, Any]) -> CrossAttention:
     """An attention of the configuration's width; the masked ones have its heads."""
     heads = {"heads": config.num_attention_heads} if name in MASKED else {}
     return build_attention(name, width=config.hidden_dim, **(heads | dict(switches)))
@@ -65,10 +66,12 @@ def make_backbone(config: Any, *, norm: str) -> Backbone:
         return _resnet(config, norm)
     if isinstance(config, SwinConfig):
         return _swin(config)
-    raise UsageError(f"backbone {getattr(config, 'model_type', type(config).__name__)!r} of the Hugging Face model; expected resnet or swin")
+    raise UsageError(
+        f"backbone {getattr(config, 'model_type', type(config).__name__)!r} of the Hugging Face model; expected resnet or swin"
+    )
 
 
-def _resnet(config: ResNetConfig, norm: str) -> ResNet:
+def _resnet(config: Any, norm: str) -> ResNet:
     bottleneck = config.layer_type == "bottleneck"
     widths = [config.embedding_size * 2**stage * (4 if bottleneck else 1) for stage in range(len(STAGES))]
     _expect(
@@ -86,7 +89,7 @@ def _resnet(config: ResNetConfig, norm: str) -> ResNet:
     return ResNet(blocks=(first, second, third, fourth), stem_width=config.embedding_size, bottleneck=bottleneck, norm=norm)
 
 
-def _swin(config: SwinConfig) -> SwinTransformer:
+def _swin(config: Any) -> SwinTransformer:
     _expect(
         "SwinConfig",
         [
@@ -117,15 +120,23 @@ def make_config(model: Mask2Former) -> Mask2FormerConfig:
     Raises:
         UsageError: a backbone or pixel decoder that Hugging Face's Mask2Former has not, or heads that differ between its parts.
     """
-    pixel_decoder, predictor = model.sem_seg_head.pixel_decoder, model.sem_seg_head.predictor
+    pixel_decoder: nn.Module = model.sem_seg_head.pixel_decoder
+    predictor: Any = model.sem_seg_head.predictor
     if not isinstance(pixel_decoder, MSDeformAttnPixelDecoder):
-        raise UsageError(f"pixel decoder {type(pixel_decoder).__name__}; Hugging Face's Mask2Former has MSDeformAttnPixelDecoder (msdeform) alone")
-    encoder = pixel_decoder.transformer.encoder.layers
+        raise UsageError(
+            f"pixel decoder {type(pixel_decoder).__name__}; Hugging Face's Mask2Former has MSDeformAttnPixelDecoder (msdeform) alone"
+        )
+    if predictor.transformer_ffn_layers[0].pre_norm:
+        raise UsageError("a mask decoder with pre_norm=True; Hugging Face's Mask2Former is converted with pre_norm=False alone")
+    encoder: Any = pixel_decoder.transformer.encoder.layers
     heads = {layer.self_attn.num_heads for layer in predictor.transformer_self_attention_layers}
     heads |= {layer.self_attn.heads for layer in encoder}
+    attentions = [layer.multihead_attn for layer in predictor.transformer_cross_attention_layers]
+    heads |= {attention.num_heads for attention in attentions if isinstance(attention, MaskedCrossAttention)}
     if len(heads) != 1:
-        raise UsageError(f"heads {sorted(heads)} differ between pixel decoder and mask decoder; Hugging Face's Mask2Former has one number")
-    config = Mask2FormerConfig(
+        raise UsageError(f"heads {sorted(heads)} differ between the attentions; Hugging Face's Mask2Former has one number")
+    return _config(
+        Mask2FormerConfig,
         backbone_config=_backbone_config(model.backbone),
         feature_size=predictor.width,
         mask_feature_size=predictor.width,
@@ -138,15 +149,21 @@ def make_config(model: Mask2Former) -> Mask2FormerConfig:
         num_queries=predictor.query_feat.num_embeddings,
         num_labels=predictor.class_embed.out_features - 1,
     )
-    return config
+
+
+def _config(kind: Any, **settings: Any) -> Any:
+    """A configuration; its classes take settings of their bases that type checkers do not see."""
+    return kind(**settings)
 
 
 def _backbone_config(backbone: nn.Module) -> ResNetConfig | SwinConfig:
     if isinstance(backbone, ResNet):
         return _resnet_config(backbone)
     if isinstance(backbone, SwinTransformer):
-        blocks = [list(layer.blocks) for layer in backbone.layers]
-        return SwinConfig(
+        stages: Any = backbone.layers
+        blocks = [list(stage.blocks) for stage in stages]
+        return _config(
+            SwinConfig,
             embed_dim=backbone.patch_embed.proj.out_channels,
             depths=[len(stage) for stage in blocks],
             num_heads=[stage[0].attn.heads for stage in blocks],
@@ -163,7 +180,8 @@ def _resnet_config(backbone: ResNet) -> ResNetConfig:
     assert isinstance(first, Block)
     if isinstance(stem.norm, nn.GroupNorm):
         raise UsageError("a ResNet with norm='group'; Hugging Face's has batch norms, expected norm 'frozen' or 'batch'")
-    return ResNetConfig(
+    return _config(
+        ResNetConfig,
         embedding_size=stem.out_channels,
         hidden_sizes=[backbone.channels[level] for level in LEVELS],
         depths=[len(backbone.get_submodule(level)) for level in LEVELS],  # type: ignore[arg-type]

@@ -123,8 +123,9 @@ def to_transformers(model: Mask2Former) -> Mask2FormerForUniversalSegmentation:
         raise UsageError(f"a {type(model).__name__}; expected a Mask2Former of emca_bench.models")
     hf_model = Mask2FormerForUniversalSegmentation(make_config(model))
     like = model.sem_seg_head.predictor.class_embed.weight
-    hf_model = hf_model.to(like.device, like.dtype)
-    place_attentions(hf_model, [layer.multihead_attn for layer in model.sem_seg_head.predictor.transformer_cross_attention_layers])
+    hf_model.to(device=like.device, dtype=like.dtype)  # type: ignore[call-arg]
+    layers: Any = model.sem_seg_head.predictor.transformer_cross_attention_layers
+    place_attentions(hf_model, [layer.multihead_attn for layer in layers])
     weights = to_transformers_names(model.state_dict())
     missing, unexpected = hf_model.load_state_dict(weights, strict=False)
     strays = [name for name in missing if not name.endswith(HF_ONLY)] + unexpected

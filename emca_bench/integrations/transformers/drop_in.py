@@ -57,8 +57,9 @@ def replace_cross_attention(hf_model: nn.Module, attention: str = "emca", **swit
         UsageError: another model, an unknown attention or switch, or settings of the model that the published Mask2Former does not have.
     """
     decoder = _decoder(hf_model)
-    check_config(hf_model.config)
-    built = [make_attention(hf_model.config, attention, switches) for _ in decoder.layers]
+    config: Any = hf_model.config
+    check_config(config)
+    built = [make_attention(config, attention, switches) for _ in decoder.layers]
     for layer, new in zip(decoder.layers, built, strict=True):
         _carry_over(layer.cross_attn, new)
     _seat(decoder, built)

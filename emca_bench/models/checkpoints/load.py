@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emca_bench.models.checkpoints.files import CheckpointError, read_tensors
-from emca_bench.models.checkpoints.names import COUNTERS, Recognised, to_original_names
-
-IGNORED = ("criterion.", "pixel_mean", "pixel_std", "model.pixel_level_module.encoder.swin.layernorm.")
-"""Beginnings of names that a Mask2Former's files hold and its function does not use: the loss's weights, constants, a norm behind Swin."""
+from emca_bench.models.checkpoints.names import COUNTERS, IGNORED, Recognised, recognised_file
 
 PARTS = {
     "backbone": "backbone.",
@@ -57,11 +54,15 @@ class LoadReport:
 
     def __str__(self) -> str:
         fresh = [*self.missing, *(name for name, _, _ in self.misshaped)]
-        lines = [f"{self.source}: names of {self.naming}; {len(self.loaded)} of {len(self.loaded) + len(fresh)} tensors of the model loaded"]
+        lines = [
+            f"{self.source}: names of {self.naming}; {len(self.loaded)} of {len(self.loaded) + len(fresh)} tensors of the model loaded"
+        ]
         loaded, kept = _by_part(self.loaded), _by_part(fresh)
         for part in PARTS:
             if kept.get(part) and loaded.get(part):
-                lines.append(f"  {part}: {len(loaded[part])} tensors loaded, {len(kept[part])} not in the checkpoint: they stay as they were")
+                lines.append(
+                    f"  {part}: {len(loaded[part])} tensors loaded, {len(kept[part])} not in the checkpoint: they stay as they were"
+                )
             elif kept.get(part):
                 lines.append(f"  {part}: nothing loaded: it stays as it was")
             elif loaded.get(part):
@@ -107,12 +108,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, strict: bool = True) 
         CheckpointError: the file cannot be read, its names are of no known kind, or, with `strict`, something does not fit. The model is
             as it was then.
     """
-    tensors = read_tensors(path)
-    try:
-        recognised = to_original_names(tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from None
-    return load_tensors(model, recognised, source=str(path), strict=strict)
+    return load_tensors(model, recognised_file(path, read_tensors(path)), source=str(path), strict=strict)
 
 
 def load_tensors(model: nn.Module, checkpoint: Recognised, *, source: str, strict: bool = True) -> LoadReport:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -96,11 +97,34 @@ SWIN_OF_TRANSFORMERS_4 = [
     (r"\.output\.dense\.", ".mlp.fc2."),
 ]
 
+IGNORED = ("criterion.", "pixel_mean", "pixel_std", f"{ENCODER}swin.layernorm.")
+"""Beginnings of names that a Mask2Former's files hold and its function does not use: the loss's weights, constants, a norm behind Swin."""
+
 COUNTERS = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
 """Ends of names of buffers that are no weights: counters that nothing reads, and tables that a model makes of its own sizes."""
 
 
-PEM = Renaming([])
+def _pem() -> list[Rule]:
+    """PEM's cross-attention; its first release called what makes the keys `to_query`, and what makes the queries `to_key`."""
+    layer = "sem_seg_head.predictor.transformer_cross_attention_layers.#."
+    ours = f"{layer}multihead_attn."
+    rules = [
+        Rule(f"{ours}alpha", f"{layer}alpha"),
+        Rule(f"{ours}product_projection.", f"{layer}proj."),
+        Rule(f"{ours}out_projection.", f"{layer}final."),
+    ]
+    for keys, queries in (("feature_proj", "query_proj"), ("to_query", "to_key")):
+        rules += [
+            Rule(f"{ours}local_conv.norm.", f"{layer}{keys}.bn."),
+            Rule(f"{ours}local_conv.conv.", f"{layer}{keys}.to_query_3x3."),
+            Rule(f"{ours}key_projection.", f"{layer}{keys}.out."),
+            Rule(f"{ours}query_norm.", f"{layer}{queries}.0."),
+            Rule(f"{ours}query_projection.", f"{layer}{queries}.1."),
+        ]
+    return rules
+
+
+PEM = Renaming(_pem())
 
 
 @dataclass(frozen=True)
@@ -133,16 +157,28 @@ def to_original_names(tensors: Mapping[str, Tensor]) -> Recognised:
     return Recognised(f"{naming}, in DistributedDataParallel" if wrapped else naming, renamed)
 
 
+def recognised_file(path: str | Path, tensors: Mapping[str, Tensor]) -> Recognised:
+    """The same for what was read from a file, which an error names."""
+    try:
+        return to_original_names(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+
+
 def _recognise(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     text = "\n".join(["", *tensors, ""])
     if "pixel_level_module." in text:
         if "\npixel_level_module." in text:  # saved from the model without its heads
-            tensors = {f"model.{name}" if name.split(".")[0] in ("pixel_level_module", "transformer_module") else name: tensor
-                       for name, tensor in tensors.items()}
+            tensors = {
+                f"model.{name}" if name.split(".")[0] in ("pixel_level_module", "transformer_module") else name: tensor
+                for name, tensor in tensors.items()
+            }
         swin = ", Swin as in version 4" if ".attention.self.query." in text else ""
         return f"Hugging Face transformers{swin}", TRANSFORMERS.to_ours(_swin_of_transformers_5(tensors))
     if ".feature_proj." in text or ".to_query." in text:
-        return "PEM, its first release" if ".to_query." in text else "PEM", PEM.to_ours(_static_query(tensors))
+        renamed = PEM.to_ours(_static_query(tensors))
+        flat = {name: tensor.flatten() if name.endswith(".alpha") else tensor for name, tensor in renamed.items()}
+        return "PEM, its first release" if ".to_query." in text else "PEM", flat
     if "\nsem_seg_head." in text:
         return "Mask2Former", _static_query(tensors)
     if "\nbackbone." in text:
