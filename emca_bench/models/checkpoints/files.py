@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,25 +69,28 @@ def _read_pickle(path: Path) -> Any:
 def _reading(path: Path, read: Callable[[Path], Any]) -> Any:
     """Whatever the readers' libraries raise, in one sentence with the path."""
     try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    try:
         with warnings.catch_warnings():
             # torch.load of a file that is no archive warns of the old format before it fails
             warnings.simplefilter("ignore")
             return read(path)
-    except RefusedPickleError as error:
-        raise CheckpointError(
-            f"checkpoint {path} is refused: it holds {error}. Only arrays and plain containers are read; nothing in the file was run"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+    except Exception as error:  # a torn file makes the readers fail in any way
+        refused = str(error) if isinstance(error, RefusedPickleError) else _refused_by_torch(error)
+        if refused:
             raise CheckpointError(
-                f"checkpoint {path} is refused: it holds more than tensors and plain containers ({found}); nothing in the file was run"
+                f"checkpoint {path} is refused: it holds {refused}. Only tensors and plain containers are read; nothing in the file was run"
             ) from None
         raise CheckpointError(f"checkpoint {path} is torn or no {path.suffix} file: {_first_line(error)}") from None
-    except Exception as error:  # a torn file makes the readers fail in any way
-        raise CheckpointError(f"checkpoint {path} is torn or no {path.suffix} file: {_first_line(error)}") from None
+
+
+def _refused_by_torch(error: Exception) -> str | None:
+    """What `torch.load(weights_only=True)` found that it may not call."""
+    found = re.search(r"(?i:unsupported) (?:global: )?GLOBAL ([\w.]+)", str(error))
+    return found.group(1) if found and isinstance(error, pickle.UnpicklingError) else None
 
 
 def _first_line(error: BaseException) -> str:

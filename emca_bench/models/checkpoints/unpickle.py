@@ -79,6 +79,12 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes(*arguments: Any) -> bytes:
+    if arguments:
+        raise RefusedPickleError("a call of bytes with arguments")
+    return b""
+
+
 class _StandIn:
     """A function of the closed list, without attributes that a pickle could set."""
 
@@ -95,7 +101,7 @@ class _StandIn:
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {"collections.OrderedDict": dict, "numpy.dtype": _Dtype, "numpy.ndarray": _Array}
-STAND_INS |= {"_codecs.encode": _encode}
+STAND_INS |= {"_codecs.encode": _encode, "__builtin__.bytes": _no_bytes, "builtins.bytes": _no_bytes}
 for _core in ("numpy.core", "numpy._core"):
     STAND_INS |= {f"{_core}.multiarray._reconstruct": _Array, f"{_core}.multiarray.scalar": _scalar}
     STAND_INS |= {f"{_core}.numeric._frombuffer": _frombuffer}
