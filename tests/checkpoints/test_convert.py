@@ -10,11 +10,15 @@ import torch
 from emca_bench.cli import main
 from emca_bench.errors import UsageError
 from emca_bench.models import build_model, load_checkpoint
+from emca_bench.models.backbones.resnet import resnet10_quarter
 from emca_bench.models.checkpoints import convert, read_tensors, write_tensors
 
 
 def small(attention: str = "masked") -> torch.nn.Module:
-    return build_model("mask2former_r50", num_classes=3, attention=attention, layers=2, encoder_layers=1)
+    """With all that Hugging Face's model has, at the least size."""
+    model = build_model("mask2former_r50", num_classes=3, attention=attention, layers=2, encoder_layers=1, width=32, queries=5)
+    model.backbone = resnet10_quarter(norm="frozen")
+    return model
 
 
 @pytest.mark.parametrize("attention", ["masked", "emca"])

@@ -2,30 +2,28 @@
 
 Its decoder layer calls `cross_attn` with positions already added, adds the residual itself, and gets a mask in which the decoder has
 opened the rows of queries with an empty mask. Our attentions want queries and positions apart, include the residual, have their own
-rule for empty masks, and want to know the map's size. Four hooks mend that, of documented kinds, and without state between calls of a
-layer, so that gradient checkpointing, which calls layers again, works:
+rule for empty masks, and want to know the map's size. So, without a line of the layer written again:
 
-- behind the mask predictor, the mask becomes a map [B, Q, h, w + 1] whose last column is open: no row of it is ever blocked as a whole,
-  so that the decoder's own rule leaves it alone, and it carries its size;
-- in front of the layer, its inputs are handed to the attention;
-- in front of the attention, they take the place of what the layer calls it with;
-- behind the attention, the residual that the layer will add is subtracted.
+- the mask predictor gives the mask as a map [B, Q, h, w + 1] whose last column is open: no row of it is ever blocked as a whole, so
+  that the decoder's own rule leaves it alone, and it carries its size;
+- the layer hands what it was called with to the attention, inside of what gradient checkpointing calls again;
+- a hook in front of the attention puts that in the place of the layer's arguments, and one behind it subtracts the residual that the
+  layer will add.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerModel
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerMaskedAttentionDecoderLayer, Mask2FormerMaskPredictor
 
 from emca_bench.errors import UsageError
 from emca_bench.integrations.transformers.config import check_config, make_attention
-from emca_bench.models.attention import CrossAttention
 from emca_bench.models.attention.masked import MaskedCrossAttention
 
 
@@ -90,33 +88,58 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
 
 def _seat(decoder: Any, attentions: Sequence[nn.Module]) -> None:
     like = decoder.layernorm.weight
-    if not isinstance(decoder.layers[0].cross_attn, CrossAttention):
-        decoder.mask_predictor.register_forward_hook(_mask_as_map, with_kwargs=True)
-        for layer in decoder.layers:
-            layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    # as FSDP does it: the instance keeps its state and gets a class that knows more
+    decoder.mask_predictor.__class__ = MapPredictor
     for layer, attention in zip(decoder.layers, attentions, strict=True):
+        layer.__class__ = SeatLayer
         attention.register_forward_pre_hook(_call_as_ours, with_kwargs=True)
         attention.register_forward_hook(_without_residual)
         layer.cross_attn = attention.to(like.device, like.dtype)
 
 
-def _mask_as_map(predictor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    mask_logits, blocked = output
-    call = inspect.signature(predictor.forward).bind(*args, **kwargs)
-    height, width = call.arguments["attention_mask_target_size"]
-    per_query_BQhw = blocked.unflatten(0, (mask_logits.shape[0], -1))[:, 0].unflatten(-1, (height, width))
-    return mask_logits, F.pad(per_query_BQhw, (0, 1), value=False)
+class MapPredictor(Mask2FormerMaskPredictor):
+    """Attention masks as maps with an open last column."""
+
+    def forward(self, outputs: Tensor, pixel_embeddings: Tensor, attention_mask_target_size: Any = None) -> tuple[Tensor, Tensor]:
+        """Mask logits, and what is blocked: bool [B, Q, h, w + 1]."""
+        mask_logits, blocked = super().forward(outputs, pixel_embeddings, attention_mask_target_size)
+        # all heads have the same mask
+        blocked_BQP = blocked.unflatten(0, (mask_logits.shape[0], -1))[:, 0]
+        return mask_logits, F.pad(blocked_BQP.unflatten(-1, tuple(attention_mask_target_size)), (0, 1), value=False)
 
 
-def _hand_over(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    call = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-    level = call["level_index"]
-    layer.cross_attn.inputs = Inputs(
-        call["hidden_states"].transpose(0, 1),
-        call["query_position_embeddings"].transpose(0, 1),
-        call["encoder_hidden_states"][level].transpose(0, 1),
-        call["position_embeddings"][level].transpose(0, 1),
-    )
+class SeatLayer(Mask2FormerMaskedAttentionDecoderLayer):
+    """A decoder layer whose attention knows what the layer was called with."""
+
+    def forward_post(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        *,
+        level_index: int,
+        position_embeddings: Sequence[Tensor],
+        query_position_embeddings: Tensor,
+        encoder_hidden_states: Sequence[Tensor],
+        **others: Any,
+    ) -> Any:
+        """The layer's own, post-norm; its tensors have the batch in the second place."""
+        attention: Any = self.cross_attn
+        attention.inputs = Inputs(
+            hidden_states.transpose(0, 1),
+            query_position_embeddings.transpose(0, 1),
+            encoder_hidden_states[level_index].transpose(0, 1),
+            position_embeddings[level_index].transpose(0, 1),
+        )
+        try:
+            return super().forward_post(
+                hidden_states,
+                level_index=level_index,
+                position_embeddings=position_embeddings,  # type: ignore[arg-type]
+                query_position_embeddings=query_position_embeddings,
+                encoder_hidden_states=encoder_hidden_states,  # type: ignore[arg-type]
+                **others,
+            )
+        finally:
+            del attention.inputs
 
 
 def _call_as_ours(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -125,6 +148,4 @@ def _call_as_ours(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _without_residual(attention: Any, args: tuple[Any, ...], output: Tensor) -> tuple[Tensor, None]:
-    update_BQC = output - attention.inputs.queries_BQC
-    del attention.inputs
-    return update_BQC.transpose(0, 1), None
+    return (output - attention.inputs.queries_BQC).transpose(0, 1), None
