@@ -155,23 +155,25 @@ def test_place_that_cannot_be_written(tmp_path: Path, suffix: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_full_disk_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
+def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk's end."""
-    path = tmp_path / f"x{suffix}"
-    write_tensors({"w": torch.ones(2)}, path)
-    before = path.read_bytes()
+    paths = [tmp_path / f"x{suffix}" for suffix in SUFFIXES]
+    for path in paths:
+        write_tensors({"w": torch.ones(2)}, path)
+    before = [path.read_bytes() for path in paths]
     program = """
 import resource, sys, torch
 from emca_bench.models.checkpoints import CheckpointError, write_tensors
 tensors = {"w": torch.randn(1000, 1000)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    write_tensors(tensors, sys.argv[1])
-except CheckpointError as error:
-    print(error)
+for path in sys.argv[1:]:
+    try:
+        write_tensors(tensors, path)
+    except CheckpointError as error:
+        print(error)
 """
-    ended = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-    assert f"cannot write {path}: " in ended.stdout
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    ended = subprocess.run([sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True, check=True)
+    for path, said in zip(paths, ended.stdout.splitlines(), strict=True):
+        assert said.startswith(f"cannot write {path}: ")
+    assert [path.read_bytes() for path in paths] == before
+    assert sorted(tmp_path.iterdir()) == sorted(paths)

@@ -83,7 +83,12 @@ def test_python_examples_run(code: str):
     subprocess.run([sys.executable, "-c", small], check=True, timeout=300)
 
 
-PAGES = [*sorted(path.name for path in ROOT.glob("*.md")), "ablations/README.md", "kernels/README.md", "reports/README.md"]
+PAGES = [
+    *sorted(str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md")),
+    "ablations/README.md",
+    "kernels/README.md",
+    "reports/README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

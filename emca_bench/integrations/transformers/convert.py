@@ -44,8 +44,8 @@ def from_transformers(
         norm: of a ResNet: "frozen" keeps statistics and affine as constants, as the published models do; "batch" trains them, as
             Hugging Face's model does.
         mask_source: see `MaskDecoder`.
-        image_processor: whose `image_mean`, `image_std` and `rescale_factor` normalise the images; None: ImageNet's, which all
-            published Mask2Former processors have.
+        image_processor: whose `image_mean`, `image_std` and `rescale_factor` normalise the images; None: ImageNet's, the
+            processor's default.
 
     Returns:
         A model that takes RGB images in 0..255 (see `Mask2Former.forward`), not `pixel_values`.
