@@ -125,10 +125,18 @@ def test_static_query_is_the_query_feature() -> None:
     assert set(to_original_names(tensors).tensors) == {"sem_seg_head.predictor.query_feat.weight", f"{LAYER}norm.bias"}
 
 
-def test_distributed_data_parallel_prefix_is_taken_off() -> None:
-    recognised = to_original_names({"module.sem_seg_head.predictor.decoder_norm.bias": torch.ones(1)})
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("module.", "Mask2Former, in DistributedDataParallel"),
+        ("_orig_mod.", "Mask2Former, in torch.compile"),
+        ("module._orig_mod.", "Mask2Former, in torch.compile, in DistributedDataParallel"),
+    ],
+)
+def test_what_wraps_a_model_is_taken_off(prefix: str, words: str) -> None:
+    recognised = to_original_names({f"{prefix}sem_seg_head.predictor.decoder_norm.bias": torch.ones(1)})
     assert set(recognised.tensors) == {"sem_seg_head.predictor.decoder_norm.bias"}
-    assert recognised.naming == "Mask2Former, in DistributedDataParallel"
+    assert recognised.naming == words
 
 
 @pytest.mark.parametrize("first", ["stem.conv1.weight", "patch_embed.proj.weight", "backbone.stem.conv1.weight"])

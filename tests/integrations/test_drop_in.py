@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import DetrConfig, Mask2FormerModel, SwinConfig
 
+import emca_bench.integrations.transformers
 from emca_bench.errors import UsageError
 from emca_bench.integrations.transformers import from_transformers, replace_cross_attention, to_transformers
 from emca_bench.models import ATTENTIONS, load_checkpoint
@@ -281,3 +284,9 @@ def test_our_models_that_hugging_face_has_not(name: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         to_transformers(ours)
     assert words in str(caught.value)
+
+
+def test_without_transformers_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"transformers 5.17 or newer is needed .*: python3 -m pip install 'emca-bench\[transformers\]'"):
+        runpy.run_path(str(Path(emca_bench.integrations.transformers.__file__).with_name("available.py")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emca_bench.errors import UsageError, did_you_mean
 from emca_bench.models.checkpoints.files import CheckpointError, read_tensors, write_tensors
-from emca_bench.models.checkpoints.names import COUNTERS, IGNORED, recognised_file, to_transformers_names
+from emca_bench.models.checkpoints.names import DERIVED, IGNORED, recognised_file, to_transformers_names
 
 NAMES = ("original", "transformers")
 
@@ -58,12 +58,12 @@ def convert(source: str | Path, target: str | Path, *, names: str = "original") 
     stored = read_tensors(source)
     found = recognised_file(source, stored)
     foreign = [name for name in found.tensors if name.startswith("model.")]
-    strays = [name for name in foreign if not name.startswith(IGNORED) and not name.endswith(COUNTERS)]
+    strays = [name for name in foreign if not name.startswith(IGNORED) and not name.endswith(DERIVED)]
     if strays:
         raise CheckpointError(f"checkpoint {source}: {len(strays)} tensors have no name in the original: {', '.join(strays[:5])}")
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in set(foreign)}
     if found.naming.startswith("Hugging Face"):
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
     if names == "transformers":
         tensors = to_transformers_names(tensors)
     write_tensors(tensors, target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emca_bench.models.checkpoints.files import CheckpointError, read_tensors
-from emca_bench.models.checkpoints.names import COUNTERS, IGNORED, Recognised, recognised_file
+from emca_bench.models.checkpoints.names import DERIVED, IGNORED, Recognised, recognised_file
 
 PARTS = {
     "backbone": "backbone.",
@@ -135,12 +135,12 @@ def _compare(state: Mapping[str, Tensor], checkpoint: Recognised, source: str) -
             misshaped.append((name, found, expected))
     absent = sorted(state.keys() - checkpoint.tensors.keys())
     extra = sorted(checkpoint.tensors.keys() - state.keys())
-    ignored = [name for name in extra if name.startswith(IGNORED) or name.endswith(COUNTERS)]
+    ignored = [name for name in extra if name.startswith(IGNORED) or name.endswith(DERIVED)]
     return LoadReport(
         source=source,
         naming=checkpoint.naming,
         loaded=tuple(sorted(loaded)),
-        missing=tuple(name for name in absent if not name.endswith(COUNTERS)),
+        missing=tuple(name for name in absent if not name.endswith(DERIVED)),
         unexpected=tuple(name for name in extra if name not in set(ignored)),
         misshaped=tuple(sorted(misshaped)),
         ignored=tuple(ignored),

@@ -100,8 +100,11 @@ SWIN_OF_TRANSFORMERS_4 = [
 IGNORED = ("criterion.", "pixel_mean", "pixel_std", f"{ENCODER}swin.layernorm.")
 """Beginnings of names that a Mask2Former's files hold and its function does not use: the loss's weights, constants, a norm behind Swin."""
 
-COUNTERS = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
+DERIVED = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
 """Ends of names of buffers that are no weights: counters that nothing reads, and tables that a model makes of its own sizes."""
+
+WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+"""What others put in front of all names of the model that they wrap."""
 
 
 def _pem() -> list[Rule]:
@@ -143,18 +146,17 @@ class Recognised:
 def to_original_names(tensors: Mapping[str, Tensor]) -> Recognised:
     """A checkpoint of any known naming under the names of facebookresearch/Mask2Former.
 
-    Known are these themselves, detectron2 backbones alone, PEM's, and Hugging Face's of transformers 4 and 5; each of them with
-    `module.` in front too, as DistributedDataParallel saves.
+    Known are these themselves, detectron2 backbones alone, PEM's, and Hugging Face's of transformers 4 and 5; each of them as
+    DistributedDataParallel and torch.compile save it too.
 
     Raises:
         CheckpointError: none of these.
     """
-    names = list(tensors)
-    wrapped = bool(names) and all(name.startswith("module.") for name in names)
-    if wrapped:
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    naming, renamed = _recognise(tensors)
-    return Recognised(f"{naming}, in DistributedDataParallel" if wrapped else naming, renamed)
+    for prefix, wrapper in WRAPPERS.items():
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            inner = to_original_names({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+            return Recognised(f"{inner.naming}, in {wrapper}", inner.tensors)
+    return Recognised(*_recognise(tensors))
 
 
 def recognised_file(path: str | Path, tensors: Mapping[str, Tensor]) -> Recognised:
@@ -218,7 +220,7 @@ def to_transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a tensor has no place there.
     """
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
     renamed, left = TRANSFORMERS.to_theirs(weights)
     if left:
         raise CheckpointError(
