@@ -123,6 +123,18 @@ def test_the_two_counters_are_the_ends_of_the_published_figures(
     assert published[0] <= low < high <= published[1]
 
 
+def test_the_breakdown_of_mask2former_r50_by_both_counters() -> None:
+    """fvcore's column is what it says of the original code at 512x512, in 1e9: 21.5, 36.8 and 2.65 of cross-attention."""
+    params = {"scope": "model", "model": "mask2former_r50", "image_size": "512x512", "classes": 150, "batch": 1}
+    counted = count_macs(Arm(name="masked", attention="masked"), params)
+    wanted = {"backbone": (21.35, 21.47), "pixel_decoder": (36.27, 36.81), "cross_attention": (3.058, 2.645)}
+    wanted |= {"self_attention": (0.2820, 0.2371), "ffn": (0.9437, 0.9449), "mask_heads": (4.430, 4.438)}
+    for component, (torch_s, fvcore_s) in wanted.items():
+        assert counted["components"][component] / 1e9 == pytest.approx(torch_s, rel=1e-3), component
+        assert counted["fvcore"]["components"][component] / 1e9 == pytest.approx(fvcore_s, rel=1e-3), component
+    assert wanted.keys() == counted["components"].keys() == counted["fvcore"]["components"].keys()
+
+
 PUBLISHED = [claim for study in load_studies(find_study("published")) for claim in study.expected]
 
 
