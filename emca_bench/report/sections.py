@@ -174,6 +174,9 @@ def _flops(found: Findings) -> list[Block]:
     checked = [row for row in (*found.attention_counts, *counted) if row.macs is not None]
     if checked:
         blocks.append(Details("Counter against closed form", [tables.cross_check_table(checked)]))
+    if any(row.by_fvcore for row in checked):
+        said = "Most papers count with fvcore: it counts norms, resizes and samples, and drops attention scores that it does not know."
+        blocks.append(Details("Beside fvcore, the counter of most papers", [Paragraph(said), tables.counters_table(checked)]))
     return blocks
 
 
