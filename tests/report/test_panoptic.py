@@ -153,7 +153,7 @@ def test_the_overlay_has_a_row_per_arm_and_the_image(run: Path):
     assert canvas.shape[0] > 2 * 4 * 129
     image = np.array(Image.open(run / "artifacts" / "scenes" / "00" / "image.png").resize((172, 129), Image.Resampling.LANCZOS)).astype(int)
     drawn = canvas[30 : 30 + 129, 26 : 26 + 172].astype(int)
-    assert np.abs(drawn - image).mean() < 12
+    assert np.abs(drawn - image).mean() == 0
     assert picture.png == segment_overlay(run, group).png
 
 
