@@ -67,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--check", action="store_true", help="write nothing; exit 1 if files on disk differ from what would be rendered")
     sub = verb("compare", compare, "compare the latencies of two runs cell by cell")
     sub.add_argument("runs", type=Path, nargs=2, metavar="RUN")
+    sub = verb("convert", convert, "write a checkpoint in another format or under other names")
+    sub.add_argument("source", type=Path, help=".pkl (detectron2), .pth, .pt, .bin, .safetensors, or a Hugging Face folder")
+    sub.add_argument("target", type=Path, help="file to write; its suffix says the format: .pkl, .pth, .pt, .bin or .safetensors")
+    sub.add_argument("--names", choices=["original", "transformers"], default="original", help="whose parameter names the target has")
     sub = verb("env", environment, "show the environment that a measurement would record")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
@@ -273,6 +277,14 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     from emca_bench.report.compare import compare_runs
 
     print(compare_runs(*arguments.runs))
+    return OK
+
+
+def convert(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench convert`."""
+    from emca_bench.models import checkpoints
+
+    print(checkpoints.convert(arguments.source, arguments.target, names=arguments.names))
     return OK
 
 

@@ -1,4 +1,4 @@
-"""Multiply-adds by component, counted on the meta device and held against closed forms.
+"""Multiply-adds by component, counted on the meta device, held against closed forms and beside what fvcore would say.
 
 On the CPU device torch's counter drops fused attention silently; on `meta` the same call is counted.
 """
@@ -14,21 +14,26 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from emca_bench.measure.fvcore_rules import FvcoreRules
 from emca_bench.measure.subjects import Subject, build_subject
 from emca_bench.models import CrossAttention
 from emca_bench.models.backbones import Backbone
-from emca_bench.models.mask_decoder import FFNLayer, MaskDecoder, SelfAttentionLayer
+from emca_bench.models.mask_decoder import FFNLayer, InputProjection, MaskDecoder, SelfAttentionLayer
 from emca_bench.models.pixel_decoders import PixelDecoder
 from emca_bench.specs import Arm
 
 COMPONENTS: tuple[tuple[type[nn.Module], str], ...] = (
     (Backbone, "backbone"),
     (PixelDecoder, "pixel_decoder"),
+    (InputProjection, "input_projection"),
     (CrossAttention, "cross_attention"),
     (SelfAttentionLayer, "self_attention"),
     (FFNLayer, "ffn"),
 )
-"""Modules that own what happens inside them. What is left of the mask decoder are its prediction heads."""
+"""Modules that own what happens inside them."""
+
+DECODER_PARTS = ("input_projection", "cross_attention", "self_attention", "ffn")
+"""What is left of the mask decoder are its prediction heads."""
 
 WORTH_NAMING = ("grid_sampler", "upsample", "softmax", "norm", "argmax", "max", "sort", "topk", "gather", "sigmoid", "pool")
 """Operators that counters give no arithmetic, and that take time: listed with the number of calls."""
@@ -54,20 +59,23 @@ def count_macs(arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         macs: of the whole call. components: the same by component. closed_form_macs: of all its cross-attentions, from their own
-        formulas. parameters: trainable or not, without buffers. uncounted: calls of operators that count as nothing.
+        formulas. parameters: trainable or not, without buffers. uncounted: calls of operators that count as nothing. fvcore: the
+        call by the rules of that counter, see `FvcoreRules`: macs, components, and what leads from one counter to the other, added
+        and dropped multiply-adds by operator.
     """
     subject = build_subject(arm, params, seed=0, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, _Uncounted() as uncounted:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, FvcoreRules() as rules, _Uncounted() as uncounted:
         subject.call()
-    total = counter.get_total_flops() // 2
-    components = _by_component(subject.module, counter)
-    components["other"] = total - sum(components.values())
     return {
-        "macs": total,
-        "components": {name: macs for name, macs in components.items() if macs},
+        **_totals(subject.module, counter),
         "closed_form_macs": closed_form_macs(subject),
         "parameters": sum(parameter.numel() for parameter in subject.module.parameters()),
         "uncounted": dict(sorted(uncounted.calls.items())),
+        "fvcore": {
+            **_totals(subject.module, rules.counter),
+            "added": dict(sorted(rules.added.items())),
+            "dropped": dict(sorted(rules.dropped.items())),
+        },
     }
 
 
@@ -75,6 +83,13 @@ def closed_form_macs(subject: Subject) -> int:
     """Multiply-adds of all cross-attentions of one call, from their formulas (SPEC section 4)."""
     calls = zip(subject.cross_attentions(), subject.pixels_of_call, strict=True)
     return subject.batch * sum(attention.macs(pixels=pixels, queries=subject.queries) for attention, pixels in calls)
+
+
+def _totals(module: nn.Module, counter: FlopCounterMode) -> dict[str, Any]:
+    total = counter.get_total_flops() // 2
+    components = _by_component(module, counter)
+    components["other"] = total - sum(components.values())
+    return {"macs": total, "components": {name: macs for name, macs in components.items() if macs}}
 
 
 def _by_component(module: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
@@ -93,5 +108,5 @@ def _by_component(module: nn.Module, counter: FlopCounterMode) -> dict[str, int]
         if isinstance(child, MaskDecoder):
             heads = macs_inside(path)
     if heads is not None:
-        components["mask_heads"] = heads - sum(components.get(name, 0) for name in ("cross_attention", "self_attention", "ffn"))
+        components["mask_heads"] = heads - sum(components.get(name, 0) for name in DECODER_PARTS)
     return components

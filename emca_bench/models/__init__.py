@@ -5,6 +5,7 @@ Shape suffixes: B images, Q queries, P pixels of a level, C model width, D key w
 
 from emca_bench.models.attention import ATTENTIONS, CrossAttention, build_attention
 from emca_bench.models.build import MODELS, build_model
+from emca_bench.models.checkpoints import LoadReport, load_checkpoint
 from emca_bench.models.predictions import Predictions
 
-__all__ = ["ATTENTIONS", "MODELS", "CrossAttention", "Predictions", "build_attention", "build_model"]
+__all__ = ["ATTENTIONS", "MODELS", "CrossAttention", "LoadReport", "Predictions", "build_attention", "build_model", "load_checkpoint"]

@@ -14,7 +14,7 @@ from emca_bench.models.mask_decoder import MaskDecoder
 from emca_bench.models.pixel_decoders import PIXEL_DECODERS
 from emca_bench.registry import Registry
 
-NUMBERS = ("width", "queries", "layers", "heads", "feedforward_multiple", "mask_source")
+NUMBERS = ("width", "queries", "layers", "heads", "feedforward_multiple", "pre_norm", "mask_source")
 """Fields of an architecture that a caller may override; so may it the options of its backbone and pixel decoder."""
 
 
@@ -31,7 +31,8 @@ class Architecture:
         layers: of the mask decoder.
         heads: of its self-attention.
         feedforward_multiple: hidden width of its feed-forward networks, in C.
-        mask_source: see `MaskDecoder`.
+        pre_norm, mask_source: see `MaskDecoder`.
+        attention: registry name of the cross-attention unless the caller names another.
     """
 
     about: str
@@ -44,7 +45,9 @@ class Architecture:
     layers: int
     heads: int = 8
     feedforward_multiple: int
+    pre_norm: bool = False
     mask_source: str = "logits"
+    attention: str = "emca"
 
 
 MODELS: Registry[Architecture] = Registry("model")
@@ -60,6 +63,34 @@ MODELS.register("mask2former_r50")(
         queries=100,
         layers=9,
         feedforward_multiple=8,
+    )
+)
+
+_SWIN_ABOUT = {
+    "tiny": "Mask2Former with Swin-T: 47.4 M parameters.",
+    "small": "Mask2Former with Swin-S: 68.7 M parameters.",
+    "base": "Mask2Former with Swin-B, windows of 12 pixels: 106.9 M parameters.",
+    "large": "Mask2Former with Swin-L, windows of 12 pixels: 215.4 M parameters.",
+}
+
+for _size, _about in _SWIN_ABOUT.items():
+    MODELS.register(f"mask2former_swin_{_size}")(
+        replace(MODELS["mask2former_r50"], about=_about, backbone=f"swin_{_size}", backbone_options={"drop_path_rate": 0.3})
+    )
+
+MODELS.register("pem_r50")(
+    Architecture(
+        about="PEM with ResNet-50 as its code has it: 35.6 M parameters. double_sigmoid=False and attention `pem_ca` mend it.",
+        backbone="resnet50",
+        backbone_options={"norm": "batch"},
+        pixel_decoder="csm_fpn",
+        pixel_decoder_options={"conv_width": 128, "double_sigmoid": True, "upsample_init": "first_channel"},
+        width=256,
+        queries=100,
+        layers=6,
+        feedforward_multiple=8,
+        pre_norm=True,
+        attention="pem_ca_published",
     )
 )
 
@@ -90,14 +121,14 @@ MODELS.register("mask2former_tiny")(
 
 
 def build_model(
-    name: str, *, num_classes: int, attention: str = "emca", attention_switches: Mapping[str, Any] | None = None, **overrides: Any
+    name: str, *, num_classes: int, attention: str | None = None, attention_switches: Mapping[str, Any] | None = None, **overrides: Any
 ) -> Mask2Former:
     """A model by its registry name, with random weights unless a pretrained backbone is asked for.
 
     Args:
-        name: "mask2former_r50", "mask2former_lite0", "mask2former_tiny", ...
+        name: "mask2former_r50", "mask2former_swin_tiny", "pem_r50", "mask2former_lite0", "mask2former_tiny", ...
         num_classes: without "no object".
-        attention: registry name of the cross-attention.
+        attention: registry name of the cross-attention; None: the model's own, "emca" in Mask2Former.
         attention_switches: of the attention, see its factory.
         overrides: of the architecture's numbers (queries, layers, width, mask_source, ...) and of its parts' options.
 
@@ -110,13 +141,14 @@ def build_model(
         raise UsageError(f"width={width} must be a multiple of the {architecture.heads} heads")
 
     def cross_attention() -> CrossAttention:
-        return build_attention(attention, width=width, **(attention_switches or {}))
+        return build_attention(architecture.attention if attention is None else attention, width=width, **(attention_switches or {}))
 
     backbone = BACKBONES[architecture.backbone](**architecture.backbone_options)
-    pixel_decoder = PIXEL_DECODERS[architecture.pixel_decoder]
+    make_pixel_decoder = PIXEL_DECODERS[architecture.pixel_decoder]
+    pixel_decoder = make_pixel_decoder(channels=backbone.channels, width=width, **architecture.pixel_decoder_options)
     return Mask2Former(
         backbone=backbone,
-        pixel_decoder=pixel_decoder(channels=backbone.channels, width=width, **architecture.pixel_decoder_options),
+        pixel_decoder=pixel_decoder,
         predictor=MaskDecoder(
             attention=cross_attention,
             width=width,
@@ -125,6 +157,8 @@ def build_model(
             layers=architecture.layers,
             heads=architecture.heads,
             feedforward=architecture.feedforward_multiple * width,
+            pre_norm=architecture.pre_norm,
+            pyramid_channels=pixel_decoder.pyramid_channels,
             mask_source=architecture.mask_source,
         ),
     )

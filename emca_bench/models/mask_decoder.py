@@ -17,51 +17,76 @@ from emca_bench.models.predictions import Predictions
 
 MASK_SOURCES = ("logits", "features")
 
+LEVELS = 3
+"""Strides 32, 16 and 8."""
+
 
 class SelfAttentionLayer(nn.Module):
-    """Queries among themselves; post-norm."""
+    """Queries among themselves; its norm behind, or in front of the attention with `pre_norm`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, pre_norm: bool = False) -> None:
         super().__init__()
+        self.pre_norm = pre_norm
         self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
         """[B, Q, C] to the same shape."""
-        located = queries + query_pos
-        return self.norm(queries + self.self_attn(located, located, queries, need_weights=False)[0])
+        content = self.norm(queries) if self.pre_norm else queries
+        located = content + query_pos
+        updated = queries + self.self_attn(located, located, content, need_weights=False)[0]
+        return updated if self.pre_norm else self.norm(updated)
 
 
 class CrossAttentionLayer(nn.Module):
-    """Queries look at one feature level through the attention under study; post-norm.
+    """Queries look at one feature level through the attention under study; its norm behind, or in front with `pre_norm`.
 
-    The attention is the child `multihead_attn`, whatever it is: the original's name, so that its checkpoints load.
+    The attention is the child `multihead_attn`, whatever it is: the original's name, so that its checkpoints load. In front of an
+    attention that normalises its queries itself there is no norm; to any other the normalised queries are given, and what it adds
+    to them is added to the queries as they came.
     """
 
-    def __init__(self, width: int, attention: CrossAttention) -> None:
+    def __init__(self, width: int, attention: CrossAttention, *, pre_norm: bool = False) -> None:
         super().__init__()
+        self.pre_norm = pre_norm
         self.multihead_attn = attention
-        self.norm = nn.LayerNorm(width)
+        self.norm = None if pre_norm and attention.normalises_queries else nn.LayerNorm(width)
 
     def forward(
         self, queries: Tensor, query_pos: Tensor, features: Tensor, feature_pos: Tensor, allowed: Tensor, *, shape: tuple[int, int]
     ) -> Tensor:
         """[B, Q, C] to the same shape; see `CrossAttention.forward`."""
-        return self.norm(self.multihead_attn(queries, query_pos, features, feature_pos, allowed, shape=shape))
+        if self.norm is None:
+            return self.multihead_attn(queries, query_pos, features, feature_pos, allowed, shape=shape)
+        content = self.norm(queries) if self.pre_norm else queries
+        updated = self.multihead_attn(content, query_pos, features, feature_pos, allowed, shape=shape)
+        return queries + (updated - content) if self.pre_norm else self.norm(updated)
 
 
 class FFNLayer(nn.Module):
-    """Feed-forward network of each query; post-norm."""
+    """Feed-forward network of each query; its norm behind, or in front with `pre_norm`."""
 
-    def __init__(self, width: int, feedforward: int) -> None:
+    def __init__(self, width: int, feedforward: int, *, pre_norm: bool = False) -> None:
         super().__init__()
+        self.pre_norm = pre_norm
         self.linear1 = nn.Linear(width, feedforward)
         self.linear2 = nn.Linear(feedforward, width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, queries: Tensor) -> Tensor:
         """[B, Q, C] to the same shape."""
-        return self.norm(queries + self.linear2(F.relu(self.linear1(queries))))
+        content = self.norm(queries) if self.pre_norm else queries
+        updated = queries + self.linear2(F.relu(self.linear1(content)))
+        return updated if self.pre_norm else self.norm(updated)
+
+
+class InputProjection(nn.Conv2d):
+    """1x1 convolution of one level to the width of the decoder."""
+
+    def __init__(self, source: int, width: int) -> None:
+        super().__init__(source, width, 1)
+        nn.init.kaiming_uniform_(self.weight, a=1)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
 
 class MLP(nn.Module):
@@ -99,6 +124,8 @@ class MaskDecoder(nn.Module):
         layers: decoder layers (the original's DEC_LAYERS counts one more).
         heads: of the self-attention.
         feedforward: hidden width.
+        pre_norm: layer norms in front of each sub-layer (PEM) instead of behind it.
+        pyramid_channels: of the levels; None: C. Others are projected to C first.
         mask_source: where attention masks come from. "logits": mask logits at stride 4, resized, as published. "features": mask
             features resized once a level (exact rewrite R2); masks at stride 4 and classes are then computed only where they are
             returned (R5).
@@ -114,6 +141,8 @@ class MaskDecoder(nn.Module):
         layers: int,
         heads: int,
         feedforward: int,
+        pre_norm: bool = False,
+        pyramid_channels: int | None = None,
         mask_source: str = "logits",
     ) -> None:
         super().__init__()
@@ -123,12 +152,14 @@ class MaskDecoder(nn.Module):
             )
         self.mask_source = mask_source
         self.width = width
-        self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(width, heads) for _ in range(layers))
-        self.transformer_ffn_layers = nn.ModuleList(FFNLayer(width, feedforward) for _ in range(layers))
+        self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(width, heads, pre_norm=pre_norm) for _ in range(layers))
+        self.transformer_ffn_layers = nn.ModuleList(FFNLayer(width, feedforward, pre_norm=pre_norm) for _ in range(layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.query_feat = nn.Embedding(queries, width)
         self.query_embed = nn.Embedding(queries, width)
-        self.level_embed = nn.Embedding(3, width)
+        self.level_embed = nn.Embedding(LEVELS, width)
+        channels = width if pyramid_channels is None else pyramid_channels
+        self.input_proj = nn.ModuleList(InputProjection(channels, width) for _ in range(LEVELS if channels != width else 0))
         self.class_embed = nn.Linear(width, classes + 1)
         self.mask_embed = MLP(width=width, out=width, layers=3)
         for stack in (self.transformer_self_attention_layers, self.transformer_ffn_layers):
@@ -136,7 +167,9 @@ class MaskDecoder(nn.Module):
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
         # last, so that all other parameters start the same whatever the attention draws
-        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(width, attention()) for _ in range(layers))
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            CrossAttentionLayer(width, attention(), pre_norm=pre_norm) for _ in range(layers)
+        )
 
     def forward(
         self, mask_features: Tensor, pyramid: Sequence[Tensor], *, image_size: tuple[int, int], auxiliary: bool | None = None
@@ -145,11 +178,13 @@ class MaskDecoder(nn.Module):
 
         Args:
             mask_features: [B, C, H / 4, W / 4].
-            pyramid: [B, C, h, w] at strides 32, 16, 8.
+            pyramid: [B, pyramid_channels, h, w] at strides 32, 16, 8.
             image_size: (H, W) before padding, handed through.
             auxiliary: whether earlier predictions are returned, for deep supervision; None: in training mode.
         """
         auxiliary = self.training if auxiliary is None else auxiliary
+        if self.input_proj:
+            pyramid = [projection(features) for projection, features in zip(self.input_proj, pyramid, strict=True)]
         levels = [self._level(features, embed) for features, embed in zip(pyramid, self.level_embed.weight, strict=True)]
         resized = [upsample_to(mask_features, features) for features in pyramid] if self.mask_source == "features" else None
         batch = mask_features.shape[0]

@@ -10,7 +10,7 @@ from emca_bench.report.load import ResultStatus, Run, point
 from emca_bench.report.speed import MODEL_SCOPES
 from emca_bench.specs import Cell, Study
 
-COMPONENTS = ("backbone", "pixel_decoder", "cross_attention", "self_attention", "ffn", "mask_heads", "other")
+COMPONENTS = ("backbone", "pixel_decoder", "input_projection", "cross_attention", "self_attention", "ffn", "mask_heads", "other")
 """In the order in which an image passes through them."""
 
 

@@ -1,4 +1,7 @@
-"""Which implementation serves a call, and why. `EMCA_BACKEND` overrides the choice."""
+"""Which implementation serves a call, and why.
+
+`EMCA_BACKEND` overrides the choice: a backend's name, for every operator that has it, or `operator=name` entries, separated by commas.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -54,6 +58,9 @@ def choose_backend(op: str, *tensors: Tensor | None, asked: str | None = None) -
     Raises:
         ValueError: unknown operator, unknown backend, or the one asked for cannot serve the call.
     """
+    if torch.compiler.is_compiling():
+        # what is traced is the definition in plain torch, for the compiler to fuse; opaque operators choose when they run
+        return _BACKENDS[op][0], "traced"
     backend, reason = _choose(op, *tensors, asked=asked)
     served = _served.get()
     if served is not None:
@@ -66,7 +73,7 @@ def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backen
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(sorted(_BACKENDS))}")
     known = {backend.name: backend for backend in _BACKENDS[op]}
     source = "backend" if asked else "EMCA_BACKEND"
-    asked = asked or os.environ.get("EMCA_BACKEND") or None
+    asked = asked or _asked_by_environment(op)
     if asked is not None:
         if asked not in known:
             raise ValueError(f"{source}={asked!r} is no backend of {op}; known: {', '.join(sorted(known))}")
@@ -81,6 +88,23 @@ def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backen
             return backend, "; ".join(refusals) or ("the only one built in" if len(known) == 1 else "the fastest here")
         refusals.append(f"{backend.name}: {refusal}")
     raise ValueError(f"no backend of {op} serves this call: {'; '.join(refusals)}")
+
+
+def _asked_by_environment(op: str) -> str | None:
+    """The backend that EMCA_BACKEND asks for, if it is one of this operator's or of none at all."""
+    entries = [entry.strip() for entry in os.environ.get("EMCA_BACKEND", "").split(",") if entry.strip()]
+    everywhere = [entry for entry in entries if "=" not in entry]
+    alone = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    unknown = [name for name in alone if name not in _BACKENDS]
+    if unknown:
+        raise ValueError(f"EMCA_BACKEND names the unknown operator {unknown[0]!r}; known: {', '.join(sorted(_BACKENDS))}")
+    if op in alone:
+        return alone[op]
+    for name in everywhere:
+        elsewhere = any(backend.name == name for backends in _BACKENDS.values() for backend in backends)
+        if not elsewhere or any(backend.name == name for backend in _BACKENDS[op]):
+            return name
+    return None
 
 
 def explain_backend(op: str, *tensors: Tensor | None) -> tuple[str, str]:

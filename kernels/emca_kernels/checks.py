@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,38 @@ def check_allowed(allowed: Tensor | None, sizes: dict[str, int]) -> None:
         found = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
         raise TypeError(f"allowed must be a bool tensor [B, Q, P], True = may be chosen; found {found}")
     check_shape("allowed", allowed, ("B", "Q", "P"), sizes)
+
+
+def check_position(position: Tensor | None, features: Tensor) -> Tensor | None:
+    """Check positions that broadcast to the features [B, P, C], and return them as [B, P, C]."""
+    if position is None:
+        return None
+    if not isinstance(position, Tensor) or position.dim() < 2 or position.dim() > 3:
+        found = list(position.shape) if isinstance(position, Tensor) else type(position).__name__
+        raise ValueError(f"position has shape {found}, expected [P, C] or [B, P, C] as the features {list(features.shape)}")
+    check_same("features", features, "position", position)
+    batch, pixels, width = features.shape
+    located = position if position.dim() == 3 else position[None]
+    check_shape("position", located, ("B", "P", "C"), {"B": 1 if len(located) == 1 else batch, "P": pixels, "C": width})
+    return position.expand_as(features)
+
+
+def join_autocast(*tensors: Tensor | None, widest: bool = False) -> tuple[Any, ...]:
+    """The tensors as an operator sees them: inside `torch.autocast` floating-point ones in its dtype, as for a matrix product.
+
+    Args:
+        tensors: of one call.
+        widest: float32 instead, for operators that compute with positions.
+    """
+    first = next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
+    device = None if first is None else first.device.type
+    if device is None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.float32 if widest else torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) else tensor
+        for tensor in tensors
+    )
 
 
 def check_same(first: str, one: Tensor, second: str, other: Tensor) -> None:

@@ -42,6 +42,7 @@ def test_verbs_and_flags_are_frozen():
         "run": sorted([*study, "--device", "--threads"]),
         "report": ["--check", "--out", "--readme"],
         "compare": [],
+        "convert": ["--names"],
         "env": ["--device"],
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emca_kernels import attend_prototypes, deformable_attention, pool_prototypes, select_prototypes
+from emca_kernels import attend_prototypes, deformable_attention, deformable_conv, pool_prototypes, select_prototypes
 from torch import Tensor
 
 
@@ -151,3 +151,32 @@ def test_deformable_attention(changes: dict[str, Any], error: type[Exception], m
     }
     with pytest.raises(error, match=re.escape(message)):
         deformable_attention(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"features": torch.zeros(4, 5, 7)}, ValueError, "features has shape [4, 5, 7], expected [B, C, H, W]"),
+        ({"weight": torch.zeros(3, 5, 3, 3)}, ValueError, "weight has shape [3, 5, 3, 3], expected [O, C=4, kh, kw]"),
+        ({"offsets": torch.zeros(2, 9, 5, 7)}, ValueError, "offsets has shape [2, 9, 5, 7], expected [B=2, 2*kh*kw=18, h=5, w=7]"),
+        ({"masks": torch.zeros(2, 18, 5, 7)}, ValueError, "masks has shape [2, 18, 5, 7], expected [B=2, kh*kw=9, h=5, w=7]"),
+        ({"padding": 0}, ValueError, "offsets has shape [2, 18, 5, 7], expected [B=2, 2*kh*kw=18, h=3, w=5]"),
+        ({"padding": 0, "dilation": 3}, ValueError, "features has shape [2, 4, 5, 7]: padding=0 leaves no room for 3 taps along h"),
+        ({"stride": 0}, ValueError, "stride=0, expected 1 or more"),
+        ({"padding": -1}, ValueError, "padding=-1, expected 0 or more"),
+        ({"masks": torch.zeros(2, 9, 5, 7, dtype=torch.bool)}, TypeError, "masks must be floating point, found torch.bool"),
+        ({"weight": torch.zeros(3, 4, 3, 3).half()}, TypeError, "weight is torch.float16, features torch.float32: expected the same dtype"),
+        ({"offsets": torch.zeros(2, 18, 5, 7, device="meta")}, ValueError, "offsets is on meta, features on cpu"),
+        ({"backend": "cudnn"}, ValueError, "backend='cudnn' is no backend of deformable_conv"),
+    ],
+)
+def test_deformable_conv(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "features": torch.zeros(2, 4, 5, 7),
+        "offsets": torch.zeros(2, 18, 5, 7),
+        "masks": torch.zeros(2, 9, 5, 7),
+        "weight": torch.zeros(3, 4, 3, 3),
+        "padding": 1,
+    }
+    with pytest.raises(error, match=re.escape(message)):
+        deformable_conv(**{**arguments, **changes})

@@ -71,6 +71,7 @@ def test_both_baselines_are_counted_alike(name: str) -> None:
         ("emca_soft", {}, 51_200),
         ("mask_pooling", {}, 25_600),
         ("pem_ca", {}, 93_440),
+        ("pem_ca_published", {}, 93_440),
         ("none", {}, 0),
     ],
 )

@@ -37,7 +37,8 @@ class Spy(CrossAttention):
         *,
         shape: tuple[int, int],
     ) -> Tensor:
-        self.seen = {"query_pos": query_pos, "features": features, "feature_pos": feature_pos, "allowed": allowed, "shape": shape}
+        self.seen = {"queries": queries, "query_pos": query_pos, "features": features, "feature_pos": feature_pos}
+        self.seen |= {"allowed": allowed, "shape": shape}
         return queries + self.move
 
     def macs(self, *, pixels: int, queries: int) -> int:
@@ -155,6 +156,57 @@ def test_a_layer_is_cross_attention_then_self_attention_then_feed_forward() -> N
     queries = among.norm(queries + among.self_attn(located, located, queries)[0])
     queries = ffn.norm(queries + ffn.linear2(ffn.linear1(queries).clamp(min=0)))
     torch.testing.assert_close(last.class_logits[0], decoder.class_embed(decoder.decoder_norm(queries)))
+
+
+def test_with_pre_norm_every_sub_layer_adds_to_the_queries_as_they_came() -> None:
+    decoder = make(Spy, layers=1, pre_norm=True)
+    last = decoder(*make_inputs(1), image_size=IMAGE)
+    (cross,) = [module for module in decoder.modules() if isinstance(module, CrossAttentionLayer)]
+    (among,) = [module for module in decoder.modules() if isinstance(module, SelfAttentionLayer)]
+    (ffn,) = [module for module in decoder.modules() if isinstance(module, FFNLayer)]
+    (spy,) = spies(decoder)
+    queries = decoder.query_feat.weight
+    torch.testing.assert_close(spy.seen["queries"][0], cross.norm(queries))
+    queries = queries + spy.move
+    content = among.norm(queries)
+    located = content + decoder.query_embed.weight
+    queries = queries + among.self_attn(located, located, content)[0]
+    queries = queries + ffn.linear2(ffn.linear1(ffn.norm(queries)).clamp(min=0))
+    torch.testing.assert_close(last.class_logits[0], decoder.class_embed(decoder.decoder_norm(queries)))
+
+
+def test_with_pre_norm_an_attention_that_normalises_its_queries_gets_them_as_they_came() -> None:
+    class Normalising(Spy):
+        normalises_queries = True
+
+    decoder = make(Normalising, layers=1, pre_norm=True)
+    decoder(*make_inputs(1), image_size=IMAGE)
+    assert torch.equal(spies(decoder)[0].seen["queries"][0], decoder.query_feat.weight)
+    assert not any("cross_attention" in name and "norm" in name for name in decoder.state_dict())
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_an_attention_knows_whether_it_normalises_its_queries(name: str) -> None:
+    """Scaled queries make no difference to one that does."""
+    attention = build_attention(name, width=WIDTH).double().eval()
+    queries, features = torch.randn(1, QUERIES, WIDTH, dtype=torch.float64), torch.randn(1, 6, WIDTH, dtype=torch.float64)
+    once, scaled = (attention(factor * queries, None, features, None, None, shape=(2, 3)) - factor * queries for factor in (1, 3))
+    assert bool((once - scaled).abs().max() < 1e-3) is (attention.normalises_queries or name == "none")
+
+
+def test_levels_of_another_width_are_projected_first() -> None:
+    decoder = make(Spy, layers=3, pyramid_channels=5)
+    stride4, _ = make_inputs()
+    pyramid = [torch.randn(2, 5, *level, dtype=torch.float64) for level in LEVELS]
+    decoder(stride4, pyramid, image_size=IMAGE)
+    for index, spy in enumerate(spies(decoder)):
+        weight, bias = (decoder.state_dict()[f"input_proj.{index}.{part}"] for part in ("weight", "bias"))
+        projected = torch.einsum("oc,bcp->bpo", weight[..., 0, 0], pyramid[index].flatten(2)) + bias
+        torch.testing.assert_close(spy.seen["features"], projected + decoder.level_embed.weight[index])
+
+
+def test_levels_of_its_own_width_are_not() -> None:
+    assert not any("input_proj" in name for name in make(Spy, pyramid_channels=WIDTH).state_dict())
 
 
 def test_an_unknown_mask_source_is_an_error() -> None:

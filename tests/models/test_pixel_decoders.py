@@ -40,7 +40,7 @@ def test_maps_at_strides_32_16_8_and_mask_features_at_4(name: str) -> None:
     decoder = PIXEL_DECODERS[name](channels=CHANNELS, width=WIDTH).double()
     mask_features, pyramid = decoder(make_maps())
     assert mask_features.shape == (2, WIDTH, *SIZES[0])
-    assert [tuple(level.shape) for level in pyramid] == [(2, WIDTH, *size) for size in SIZES[:0:-1]]
+    assert [tuple(level.shape) for level in pyramid] == [(2, decoder.pyramid_channels, *size) for size in SIZES[:0:-1]]
 
 
 @pytest.mark.parametrize("name", PIXEL_DECODERS)

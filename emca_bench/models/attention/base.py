@@ -17,7 +17,12 @@ class CrossAttention(nn.Module, ABC):
     """Queries look at the pixels of one feature level.
 
     A rival is one file: a subclass, registered under its name with a factory of keyword-only switches.
+
+    Attributes:
+        normalises_queries: whether it has a layer norm of its own in front of the query projection.
     """
+
+    normalises_queries: bool = False
 
     @abstractmethod
     def forward(
@@ -59,7 +64,7 @@ def build_attention(name: str, *, width: int = 256, heads: int | None = None, **
     """A cross-attention by its registry name.
 
     Args:
-        name: "masked", "masked_fused", "emca", "pem_ca", "emca_soft", "mask_pooling", "none", ...
+        name: "masked", "masked_fused", "emca", "pem_ca", "pem_ca_published", "emca_soft", "mask_pooling", "none", ...
         width: model width C.
         heads: attention heads; None takes the preset's number.
         switches: of the attention, see its factory.

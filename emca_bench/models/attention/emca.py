@@ -1,7 +1,7 @@
 """EMCA and its family: a prototype per query, then element-wise attention. Every switch of the definition, one module.
 
 Source: Weerakoon & Thayasivam, Rethinking Mask2Former for Efficient Semantic Segmentation, 2025 (no code published); Cavagnero et
-al., PEM, CVPR 2024, for `pem_ca`.
+al., PEM, CVPR 2024, for `pem_ca` and `pem_ca_published`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class EMCA(CrossAttention):
         self.width, self.heads, self.prototypes, self.selection = width, heads, prototypes, selection
         self.normalize_keys, self.norm_axis, self.residual = normalize_keys, norm_axis, residual
         self.positions, self.empty_mask = positions, empty_mask
-        self.folded = folded
+        self.folded, self.normalises_queries = folded, query_norm
         self.local_conv = LocalConv(width) if local_conv else None
         self.query_norm = nn.LayerNorm(width) if query_norm else None
         self.key_projection = nn.Linear(width, width)
@@ -137,16 +137,16 @@ class EMCA(CrossAttention):
     ) -> Tensor:
         """See `CrossAttention.forward`."""
         located = with_position(queries, query_pos) if self.positions else queries
-        source_BPC = with_position(features, feature_pos) if self.positions else features
+        source_BPC, position_BPC = features, feature_pos if self.positions else None
         if self.local_conv is not None:
-            source_BPC = self.local_conv(source_BPC, shape)
+            source_BPC, position_BPC = self.local_conv(with_position(features, position_BPC), shape), None
         projected_BQD = self.query_projection(located if self.query_norm is None else self.query_norm(located))
         compared_BQD = F.normalize(projected_BQD, dim=-1) if self.normalize_keys else projected_BQD
 
         if self._folds(features.shape[1], queries.shape[1]):
-            prototypes_BQD = self._prototypes_folded(source_BPC, compared_BQD, allowed)
+            prototypes_BQD = self._prototypes_folded(source_BPC, position_BPC, compared_BQD, allowed)
         else:
-            prototypes_BQD = self._prototypes_from_keys(self.keys(source_BPC), compared_BQD, allowed)
+            prototypes_BQD = self._prototypes_from_keys(self.keys(with_position(source_BPC, position_BPC)), compared_BQD, allowed)
         update = attend_prototypes(
             prototypes_BQD,
             compared_BQD,
@@ -180,31 +180,47 @@ class EMCA(CrossAttention):
         keys_BMPd = keys_BPD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return _gather_mean(keys_BMPd, chosen).flatten(2)
 
-    def _prototypes_folded(self, source_BPC: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
+    def _prototypes_folded(self, source_BPC: Tensor, position_BPC: Tensor | None, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
         """The same prototypes from raw features: with queries folded per head, rows are projected after they are gathered."""
         if self.selection == "mean":
-            pooled_BQC = pool_prototypes(source_BPC, None, _mask_or_full(allowed, source_BPC, queries_BQD)).flatten(2)
-            return self.key_projection(pooled_BQC)
-        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
-        folded_BQMC = torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
+            full = _mask_or_full(allowed, source_BPC, queries_BQD)
+            return self.key_projection(pool_prototypes(source_BPC, None, full, position=position_BPC).flatten(2))
+        folded_BQMC = self._fold(queries_BQD)
         per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1) if self.heads > 1 else allowed
         if self.selection == "softmax":
-            rows_BQMC = pool_prototypes(source_BPC, folded_BQMC.flatten(1, 2) * self.log_scale.exp(), per_head).view_as(folded_BQMC)
+            scaled = folded_BQMC.flatten(1, 2) * self.log_scale.exp()
+            rows_BQMC = pool_prototypes(source_BPC, scaled, per_head, position=position_BPC).view_as(folded_BQMC)
         else:
-            chosen = self._choose(source_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1)
+            chosen = self._choose(source_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1, position=position_BPC)
             chosen = Chosen(*(part.flatten(1, 2).unflatten(1, folded_BQMC.shape[1:3]) for part in chosen))
             rows_BQMC = _gather_mean(source_BPC[:, None], chosen)
+            if position_BPC is not None:
+                rows_BQMC = rows_BQMC + _gather_mean(position_BPC.expand_as(source_BPC)[:, None], chosen)
+        return self._project_rows(rows_BQMC)
+
+    def _fold(self, queries_BQD: Tensor) -> Tensor:
+        """W_K taken to the side of the queries, [B, Q, M, C]."""
+        if self.heads == 1:
+            return (queries_BQD @ self.key_projection.weight)[:, :, None]
+        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
+        return torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
+
+    def _project_rows(self, rows_BQMC: Tensor) -> Tensor:
+        """Keys [B, Q, D] of a row per head, each head's own slice."""
+        if self.heads == 1:
+            return self.key_projection(rows_BQMC[:, :, 0])
+        weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
         return torch.einsum("bqmc,mdc->bqmd", rows_BQMC, weight_MdC).flatten(2) + self.key_projection.bias
 
     @torch.no_grad()
-    def _choose(self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int) -> Chosen:
+    def _choose(self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int, position: Tensor | None = None) -> Chosen:
         if self.selection == "random":
             # the best allowed pixels of pure noise are random allowed pixels; a half-precision draw has too many ties, and the first win
             noise = torch.rand(*queries.shape[:2], heads, features.shape[1], dtype=torch.float32, device=features.device)
             open_BQP = allow_everywhere_if_empty(_mask_or_full(allowed, features, queries))
             scores, indices = noise.masked_fill(~open_BQP[:, :, None], -torch.inf).topk(self.prototypes, dim=-1)
         else:
-            indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads)
+            indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads, position=position)
         if self.empty_mask == "first_pixel" and allowed is not None:
             indices = _first_pixel_if_empty(indices, allowed)
         return Chosen(indices, self._weights(scores.to(features.dtype)))
@@ -290,12 +306,26 @@ def pem_ca(
     *,
     width: int,
     heads: int = 8,
+    norm_axis: str = "row",
+    residual: str = "raw",
+    empty_mask: str = "everywhere",
+    local_conv: bool = True,
+) -> EMCA:
+    """PEM-CA with the two defects of PEM's code mended: no coupling of queries, and an empty mask looks everywhere."""
+    return EMCA(**locals(), normalize_keys=True, query_norm=True)
+
+
+@ATTENTIONS.register("pem_ca_published")
+def pem_ca_published(
+    *,
+    width: int,
+    heads: int = 8,
     norm_axis: str = "queries",
     residual: str = "raw",
     empty_mask: str = "first_pixel",
     local_conv: bool = True,
 ) -> EMCA:
-    """PEM-CA as PEM's code has it, its query-coupling norm and its empty-mask rule included."""
+    """PEM-CA as PEM's code has it, its query-coupling norm and its empty-mask rule included: what PEM's checkpoints were trained with."""
     return EMCA(**locals(), normalize_keys=True, query_norm=True)
 
 

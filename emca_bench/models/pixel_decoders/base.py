@@ -17,11 +17,17 @@ class PixelFeatures(NamedTuple):
     mask_features: Tensor
     """[B, C, H / 4, W / 4]: what mask embeddings are multiplied with."""
     pyramid: tuple[Tensor, Tensor, Tensor]
-    """[B, C, h, w] at strides 32, 16, 8: what queries attend to."""
+    """[B, channels, h, w] at strides 32, 16, 8: what queries attend to."""
 
 
 class PixelDecoder(nn.Module, ABC):
-    """Backbone maps to per-pixel embeddings."""
+    """Backbone maps to per-pixel embeddings.
+
+    Attributes:
+        pyramid_channels: of the maps that queries attend to.
+    """
+
+    pyramid_channels: int
 
     @abstractmethod
     def forward(self, maps: dict[str, Tensor]) -> PixelFeatures:

@@ -23,6 +23,7 @@ class FPN(PixelDecoder):
 
     def __init__(self, *, channels: dict[str, int], width: int) -> None:
         super().__init__()
+        self.pyramid_channels = width
         for number, level in enumerate(LEVELS, start=1):
             if level == LEVELS[-1]:
                 self.add_module(f"layer_{number}", conv_norm(channels[level], width, 3, relu=True))

@@ -134,6 +134,7 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         self, *, channels: dict[str, int], width: int, layers: int = 6, heads: int = 8, points: int = 4, feedforward: int = 1024
     ) -> None:
         super().__init__()
+        self.pyramid_channels = width
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels[level], width, 1), group_norm32(width)) for level in TRANSFORMER_LEVELS
         )

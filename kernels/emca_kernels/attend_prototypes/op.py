@@ -6,7 +6,7 @@ from torch import Tensor
 
 from emca_kernels.attend_prototypes import reference
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_same, check_tensor
+from emca_kernels.checks import check_same, check_tensor, join_autocast
 
 NORM_AXES = ("row", "queries")
 
@@ -44,6 +44,9 @@ def attend_prototypes(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
+    prototypes, queries, product_weight, product_bias, alpha, out_weight, out_bias = join_autocast(
+        prototypes, queries, product_weight, product_bias, alpha, out_weight, out_bias
+    )
     sizes: dict[str, int] = {}
     check_tensor("prototypes", prototypes, ("B", "Q", "D"), sizes)
     check_tensor("queries", queries, ("B", "Q", "D"), sizes)

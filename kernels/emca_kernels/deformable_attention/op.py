@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_same, check_tensor
+from emca_kernels.checks import check_same, check_tensor, join_autocast
 from emca_kernels.deformable_attention import reference
 
 register_backend("deformable_attention", Backend("reference", reference.deformable_attention, serves_all))
@@ -39,6 +39,7 @@ def deformable_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
+    value, sampling_locations, attention_weights = join_autocast(value, sampling_locations, attention_weights, widest=True)
     shapes = [(int(height), int(width)) for height, width in spatial_shapes]
     sizes = {"L": len(shapes), "2": 2, "P": sum(height * width for height, width in shapes)}
     check_tensor("value", value, ("B", "P", "M", "d"), sizes)

@@ -2,18 +2,103 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_allowed, check_divides, check_same, check_tensor
-from emca_kernels.pool_prototypes import reference
+from emca_kernels.checks import check_allowed, check_divides, check_position, check_same, check_tensor, join_autocast
+from emca_kernels.native import library
+from emca_kernels.pool_prototypes import native, reference
+from emca_kernels.pool_prototypes.backward import backward
+from emca_kernels.registration import register_operator
 
 register_backend("pool_prototypes", Backend("reference", reference.pool_prototypes, serves_all))
+register_backend("pool_prototypes", Backend("native", native.pool_prototypes, library.refuses))
+
+
+def _pool(
+    features: Tensor, queries: Tensor | None, allowed: Tensor | None, position: Tensor | None, heads: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    chosen, _ = choose_backend("pool_prototypes", features, queries, allowed, asked=backend)
+    # a copy where an implementation hands over a view: an operator's results own their memory
+    pooled, logsumexp = chosen.implementation(features, queries, allowed, position, heads=heads)
+    return pooled.contiguous(), logsumexp.contiguous()
+
+
+def _fake(
+    features: Tensor, queries: Tensor | None, allowed: Tensor | None, position: Tensor | None, heads: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    asked = queries if queries is not None else allowed
+    assert asked is not None
+    shape = (*asked.shape[:2], heads)
+    exact = torch.promote_types(features.dtype, torch.float32)
+    return features.new_empty((*shape, features.shape[2] // heads)), features.new_empty(shape, dtype=exact)
+
+
+def _flops(features: Any, queries: Any, allowed: Any, *_: Any, **__: Any) -> int:
+    batch, pixels, width = features
+    return (4 * queries[1] if queries is not None else 2 * allowed[1]) * batch * pixels * width
+
+
+def _backward_fake(gradient: Tensor, features: Tensor, queries: Tensor | None, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features, memory_format=torch.contiguous_format), features.new_empty(() if queries is None else queries.shape)
+
+
+def _backward_flops(gradient: Any, features: Any, queries: Any, *_: Any, **__: Any) -> int:
+    batch, pixels, width = features
+    return (10 if queries is not None else 2) * batch * pixels * gradient[1] * width
+
+
+_operator = register_operator(
+    "pool_prototypes(Tensor features, Tensor? queries, Tensor? allowed, Tensor? position, int heads, str? backend) -> (Tensor, Tensor)",
+    _pool,
+    fake=_fake,
+    flops=_flops,
+)
+_backward_operator = register_operator(
+    "pool_prototypes_backward(Tensor gradient, Tensor features, Tensor? queries, Tensor? allowed, Tensor? position, Tensor pooled,"
+    " Tensor logsumexp) -> (Tensor, Tensor)",
+    backward,
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
+
+
+class _PoolPrototypes(torch.autograd.Function):
+    """Keeps the inputs, the result and a number per query and head; the backward pass recomputes the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        queries: Tensor | None,
+        allowed: Tensor | None,
+        position: Tensor | None,
+        heads: int,
+        backend: str | None,
+    ) -> Tensor:
+        pooled, logsumexp = _operator(features, queries, allowed, position, heads, backend)
+        ctx.save_for_backward(features, queries, allowed, position, pooled, logsumexp)
+        return pooled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_features, of_queries = _backward_operator(gradients[0], *ctx.saved_tensors)
+        of_position = of_features if ctx.needs_input_grad[3] else None
+        return of_features, of_queries if ctx.needs_input_grad[1] else None, None, of_position, None, None
 
 
 def pool_prototypes(
-    features: Tensor, queries: Tensor | None, allowed: Tensor | None = None, *, heads: int = 1, backend: str | None = None
+    features: Tensor,
+    queries: Tensor | None,
+    allowed: Tensor | None = None,
+    *,
+    heads: int = 1,
+    position: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Weighted mean of the allowed pixels' features: softmax of the scores, or equal weights.
 
@@ -27,6 +112,8 @@ def pool_prototypes(
         queries: [B, Q, C], or None for the plain mean of the allowed pixels.
         allowed: bool [B, Q, P], True where the query may look; None allows everything, and needs queries.
         heads: splits the channels; each head has its own weights. Divides C.
+        position: [P, C] or [B, P, C], B may be 1, of the same dtype: added to the features, without the sum ever being written by
+            the fast backends.
         backend: a backend's name, for tests and measurements.
 
     Returns:
@@ -35,16 +122,15 @@ def pool_prototypes(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
+    features, queries, position = join_autocast(features, queries, position)
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     if queries is not None:
         check_tensor("queries", queries, ("B", "Q", "C"), sizes)
         check_same("features", features, "queries", queries)
-        if allowed is None:
-            allowed = torch.ones((), dtype=torch.bool, device=features.device).expand(sizes["B"], sizes["Q"], sizes["P"])
     elif allowed is None:
         raise ValueError("pool_prototypes needs queries, or allowed, or both: without them there is nothing to pool for")
+    position = check_position(position, features)
     check_allowed(allowed, sizes)
     check_divides("heads", heads, "C", sizes["C"])
-    chosen, _ = choose_backend("pool_prototypes", features, queries, allowed, asked=backend)
-    return chosen.implementation(features, queries, allowed, heads=heads)
+    return _PoolPrototypes.apply(features, queries, allowed, position, heads, backend)

@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_allowed, check_divides, check_same, check_tensor
-from emca_kernels.select_prototypes import reference
+from emca_kernels.checks import check_allowed, check_divides, check_position, check_same, check_tensor, join_autocast
+from emca_kernels.native import library
+from emca_kernels.registration import register_operator
+from emca_kernels.select_prototypes import native, reference
 
 MAX_PIXELS = 1 << 30
 """Above, a packed 32-bit (score, index) key would overflow in the fast backends."""
 
 register_backend("select_prototypes", Backend("reference", reference.select_prototypes, serves_all))
+register_backend("select_prototypes", Backend("native", native.select_prototypes, library.refuses))
+
+
+def _select(
+    features: Tensor, queries: Tensor, allowed: Tensor | None, position: Tensor | None, k: int, heads: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    chosen, _ = choose_backend("select_prototypes", features, queries, allowed, asked=backend)
+    indices, scores = chosen.implementation(features, queries, allowed, position, k=k, heads=heads)
+    return indices.contiguous(), scores.contiguous()
+
+
+def _fake(
+    features: Tensor, queries: Tensor, allowed: Tensor | None, position: Tensor | None, k: int, heads: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    shape = (*queries.shape[:2], heads, k)
+    return queries.new_empty(shape, dtype=torch.int64), features.new_empty(shape)
+
+
+def _flops(features: Any, queries: Any, *_: Any, **__: Any) -> int:
+    batch, pixels, width = features
+    return 2 * batch * pixels * queries[1] * width
+
+
+_operator = register_operator(
+    "select_prototypes(Tensor features, Tensor queries, Tensor? allowed, Tensor? position, int k, int heads, str? backend)"
+    " -> (Tensor, Tensor)",
+    _select,
+    fake=_fake,
+    flops=_flops,
+)
 
 
 def select_prototypes(
-    features: Tensor, queries: Tensor, allowed: Tensor | None = None, *, k: int = 1, heads: int = 1, backend: str | None = None
+    features: Tensor,
+    queries: Tensor,
+    allowed: Tensor | None = None,
+    *,
+    k: int = 1,
+    heads: int = 1,
+    position: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The K most similar allowed pixels of each query, per head.
 
@@ -30,6 +72,8 @@ def select_prototypes(
         allowed: bool [B, Q, P], True where the query may choose; None allows everything.
         k: prototypes per query and head, 1 <= k <= P.
         heads: splits the channels; each head chooses its own pixels. Divides C.
+        position: [P, C] or [B, P, C], B may be 1, of the same dtype: added to the features, without the sum ever being written by
+            the fast backends.
         backend: a backend's name, for tests and measurements.
 
     Returns:
@@ -39,15 +83,16 @@ def select_prototypes(
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
+    features, queries, position = join_autocast(features, queries, position)
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     check_tensor("queries", queries, ("B", "Q", "C"), sizes)
     check_same("features", features, "queries", queries)
+    position = check_position(position, features)
     check_allowed(allowed, sizes)
     check_divides("heads", heads, "C", sizes["C"])
     if not 1 <= k <= sizes["P"]:
         raise ValueError(f"k={k} prototypes from P={sizes['P']} pixels: expected 1 <= k <= P")
     if sizes["P"] >= MAX_PIXELS:
         raise ValueError(f"features has P={sizes['P']} pixels, expected fewer than {MAX_PIXELS}")
-    chosen, _ = choose_backend("select_prototypes", features, queries, allowed, asked=backend)
-    return chosen.implementation(features, queries, allowed, k=k, heads=heads)
+    return _operator(features.detach(), queries.detach(), allowed, None if position is None else position.detach(), k, heads, backend)

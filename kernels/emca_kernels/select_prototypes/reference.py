@@ -10,9 +10,11 @@ from emca_kernels.masks import allow_everywhere_if_empty
 
 @torch.no_grad()
 def select_prototypes(
-    features_BPC: Tensor, queries_BQC: Tensor, allowed_BQP: Tensor | None, *, k: int, heads: int
+    features_BPC: Tensor, queries_BQC: Tensor, allowed_BQP: Tensor | None, position_BPC: Tensor | None, *, k: int, heads: int
 ) -> tuple[Tensor, Tensor]:
     """See `emca_kernels.select_prototypes`."""
+    if position_BPC is not None:
+        features_BPC = features_BPC + position_BPC
     features_BMCP = features_BPC.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
     queries_BMQC = queries_BQC.unflatten(-1, (heads, -1)).transpose(1, 2)
     scores_BMQP = queries_BMQC @ features_BMCP

@@ -1,0 +1,1 @@
+"""This project's model inside other frameworks; each is imported here alone."""

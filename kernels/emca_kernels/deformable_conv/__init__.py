@@ -1,0 +1,1 @@
+"""Modulated deformable convolution, the core of PEM's pixel decoder."""

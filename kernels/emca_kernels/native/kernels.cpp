@@ -1,0 +1,339 @@
+// Compiled once per instruction set (ISA is its namespace), with vectors as wide as its registers.
+#include "kernels.h"
+
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+namespace emca::ISA {
+namespace {
+
+// Register blocks: ROWS[V] pixels by V vectors of queries (or of channels, in a pool) leave room for the operands.
+#if defined(__AVX512F__)
+constexpr int W = 16;  // lanes of a vector
+constexpr int ROWS[] = {0, 12, 12, 8, 6};
+constexpr int COLUMNS = 4;
+constexpr int POOL_ROWS = 8, POOL_COLUMNS = 3;
+#else
+#if defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int ROWS[] = {0, 8, 4, 4};
+constexpr int COLUMNS = 3;
+constexpr int POOL_ROWS = 4, POOL_COLUMNS = 3;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+
+constexpr float INFINITE = __builtin_inff();
+
+inline Floats load(const float* from) {
+  Floats lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline void store(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+inline Ints load(const int32_t* from) {
+  Ints lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline void store(int32_t* to, Ints lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+// x - 0 is x, so that this is a broadcast and nothing else; 0 + x is not for x = -0
+inline Floats all(float value) { return value - Floats{}; }
+
+inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
+
+// Lanes of vector v that pixel p of the tile allows, as a comparison gives them.
+inline Ints allowed_lanes(const Tile& tile, int v, int p) {
+  const int lane = v * W;
+  const int32_t bits = tile.allowed[lane / 16 * tile.words + p] >> (lane % 16);
+  Ints bit;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) bit[i] = 1 << i;
+  return ((Ints{} + bits) & bit) != 0;
+}
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float widen(const float* from) { return *from; }
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline float widen(const Bfloat16* from) { return as_float(uint32_t(from->bits) << 16); }
+
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float widen(const Float16* from) {
+  const uint32_t sign = uint32_t(from->bits & 0x8000) << 16, rest = from->bits & 0x7fff;
+  if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  // a power of two moves the exponent, subnormals included
+  return as_float(sign | __builtin_bit_cast(uint32_t, as_float(rest << 13) * 0x1p112f));
+}
+
+template <class T, bool located>
+void load_rows(const Rows& features, const Rows* position, int64_t first, int count, int channels, float* tile) {
+  const auto start = [&](const Rows& rows) { return static_cast<const T*>(rows.data) + first * rows.pixel_stride; };
+  const T *data = start(features), *place = located ? start(*position) : data;
+  const auto value = [&](int64_t at, int64_t place_at) { return located ? widen(data + at) + widen(place + place_at) : widen(data + at); };
+  if (features.channel_stride == 1 && (!located || position->channel_stride == 1)) {
+    for (int p = 0; p < count; ++p, data += features.pixel_stride, place += located ? position->pixel_stride : 0)
+      for (int c = 0; c < channels; ++c) tile[p * channels + c] = value(c, c);
+    return;
+  }
+  // channels lie far apart: read along the pixels
+  for (int c = 0; c < channels; ++c, data += features.channel_stride, place += located ? position->channel_stride : 0)
+    for (int p = 0; p < count; ++p)
+      tile[p * channels + c] = value(p * features.pixel_stride, located ? p * position->pixel_stride : 0);
+}
+
+template <class T>
+void load_as(const Rows& features, const Rows* position, int64_t first, int count, int channels, float* tile) {
+  position ? load_rows<T, true>(features, position, first, count, channels, tile)
+           : load_rows<T, false>(features, position, first, count, channels, tile);
+}
+
+void load_tile(const Rows& features, const Rows* position, int64_t first, int count, int channels, float* tile) {
+  switch (features.type) {
+    case Type::float32: return load_as<float>(features, position, first, count, channels, tile);
+    case Type::bfloat16: return load_as<Bfloat16>(features, position, first, count, channels, tile);
+    case Type::float16: return load_as<Float16>(features, position, first, count, channels, tile);
+  }
+}
+
+template <class T>
+void pack_as(const Rows& queries, int count, int channels, float* packed) {
+  const T* data = static_cast<const T*>(queries.data);
+  for (int lane = 0; lane < (count + W - 1) / W * W; ++lane) {
+    float* to = packed + int64_t(lane / W) * channels * W + lane % W;
+    const T* from = data + lane * queries.pixel_stride;
+    for (int c = 0; c < channels; ++c) to[c * W] = lane < count ? widen(from + c * queries.channel_stride) : 0.f;
+  }
+}
+
+void pack(const Rows& queries, int count, int channels, float* packed) {
+  switch (queries.type) {
+    case Type::float32: return pack_as<float>(queries, count, channels, packed);
+    case Type::bfloat16: return pack_as<Bfloat16>(queries, count, channels, packed);
+    case Type::float16: return pack_as<Float16>(queries, count, channels, packed);
+  }
+}
+
+// Scores of R pixels with V vectors of queries in registers, then handed to `use(vector, pixel, scores)` in the order of pixels.
+template <int R, int V, class Use>
+inline void score_block(const Tile& tile, const Packed& queries, int v, int p, const Use& use) {
+  Floats sums[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sums[i][j] = Floats{};
+  const float* lanes[V];
+  for (int j = 0; j < V; ++j) lanes[j] = queries.data + int64_t(v + j) * queries.channels * W;
+  const float* rows[R];
+  for (int i = 0; i < R; ++i) rows[i] = tile.data + (p + i) * tile.stride;
+  const float* next = rows[0] + R * tile.stride;
+  for (int c = 0; c < queries.channels; ++c) {
+    if (c % 16 == 0)
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) __builtin_prefetch(next + c * R + i * 16);
+    Floats query[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) query[j] = load(lanes[j] + c * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Floats feature = all(rows[i][c]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[i][j] += feature * query[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) use(std::integral_constant<int, R>{}, v + j, p, [&](int i) { return sums[i][j]; });
+}
+
+template <int V, class Use>
+inline void score_columns(const Tile& tile, const Packed& queries, int v, const Use& use) {
+  constexpr int R = ROWS[V];
+  int p = 0;
+  for (; p + R <= tile.count; p += R) score_block<R, V>(tile, queries, v, p, use);
+  for (; p < tile.count; ++p) score_block<1, V>(tile, queries, v, p, use);
+}
+
+template <class Use>
+inline void score_tile(const Tile& tile, const Packed& queries, const Use& use) {
+  // as few and as even groups of vectors as fit: 7 are 4 and 3
+  for (int v = 0, groups = (queries.vectors + COLUMNS - 1) / COLUMNS; groups > 0; --groups) {
+    const int size = (queries.vectors - v + groups - 1) / groups;
+    switch (size) {
+#if defined(__AVX512F__)
+      case 4: score_columns<4>(tile, queries, v, use); break;
+#endif
+      case 3: score_columns<3>(tile, queries, v, use); break;
+      case 2: score_columns<2>(tile, queries, v, use); break;
+      default: score_columns<1>(tile, queries, v, use);
+    }
+    v += size;
+  }
+}
+
+template <bool masked>
+void best_of(const Tile& tile, const Packed& queries, float* best, int32_t* index) {
+  score_tile(tile, queries, [&](auto rows, int v, int p, auto scores) __attribute__((always_inline)) {
+    Floats top = load(best + v * W);
+    Ints at = load(index + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < decltype(rows)::value; ++i) {
+      const Floats score = scores(i);
+      Ints wins = score > top;
+      if (masked) wins &= allowed_lanes(tile, v, p + i);
+      top = wins ? score : top;
+      at = wins ? Ints{} + int32_t(tile.first + p + i) : at;
+    }
+    store(best + v * W, top);
+    store(index + v * W, at);
+  });
+}
+
+void best(const Tile& tile, const Packed& queries, float* best, int32_t* index) {
+  tile.allowed ? best_of<true>(tile, queries, best, index) : best_of<false>(tile, queries, best, index);
+}
+
+template <bool masked>
+void scores_of(const Tile& tile, const Packed& queries, float* to) {
+  const int lanes = queries.vectors * W;
+  score_tile(tile, queries, [&](auto rows, int v, int p, auto scores) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < decltype(rows)::value; ++i) {
+      Floats score = scores(i);
+      if (masked) score = allowed_lanes(tile, v, p + i) ? score : all(-INFINITE);
+      store(to + (p + i) * lanes + v * W, score);
+    }
+  });
+}
+
+void scores(const Tile& tile, const Packed& queries, float* to) {
+  tile.allowed ? scores_of<true>(tile, queries, to) : scores_of<false>(tile, queries, to);
+}
+
+// e^x for x <= 0, 2 ulp; 0 below the smallest normal number and for -infinity.
+inline Floats exponential(Floats x) {
+  const Ints vanishes = x < all(-87.f);
+  x = vanishes ? all(-87.f) : x;
+  const Floats shift = all(0x1.8p23f);
+  const Floats rounded = (x * all(1.44269504f) + shift) - shift;
+  const Floats rest = (x - rounded * all(0x1.62e4p-1f)) - rounded * all(0x1.7f7d1cp-20f);
+  Floats power = all(1.f / 5040);
+  for (const float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) power = power * rest + all(factor);
+  const Ints exponent = (__builtin_convertvector(rounded, Ints) + 127) << 23;
+  Floats scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  return vanishes ? Floats{} : power * scale;
+}
+
+// Weights of a tile, and what they do to the sums so far: `shrink` [lanes] is what these are to be multiplied with.
+void weigh(const Tile& tile, int lanes, const float* scores, float* weights, const Pool& pool, float* shrink) {
+  for (int lane = 0; lane < lanes; lane += W) {
+    Floats total = load(pool.total + lane);
+    if (!scores) {
+      for (int p = 0; p < tile.count; ++p) {
+        const Floats weight = tile.allowed ? (allowed_lanes(tile, lane / W, p) ? all(1.f) : Floats{}) : all(1.f);
+        total += weight;
+        store(weights + p * lanes + lane, weight);
+      }
+      store(shrink + lane, all(1.f));
+    } else {
+      const Floats before = load(pool.maximum + lane);
+      Floats maximum = before;
+      for (int p = 0; p < tile.count; ++p) maximum = larger(load(scores + p * lanes + lane), maximum);
+      // a lane that has seen no allowed pixel yet has no maximum to subtract
+      const Floats reference = maximum > all(-INFINITE) ? maximum : Floats{};
+      const Floats factor = exponential(before - reference);
+      total *= factor;
+      for (int p = 0; p < tile.count; ++p) {
+        const Floats weight = exponential(load(scores + p * lanes + lane) - reference);
+        total += weight;
+        store(weights + p * lanes + lane, weight);
+      }
+      store(pool.maximum + lane, maximum);
+      store(shrink + lane, factor);
+    }
+    store(pool.total + lane, total);
+  }
+}
+
+// sum [R lanes][V vectors of channels] += weights^T tile
+template <int R, int V>
+inline void add_block(const Tile& tile, int lanes, int channels, const float* weights, const float* shrink, int lane, int c, float* sum) {
+  Floats sums[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sums[i][j] = load(sum + int64_t(lane + i) * channels + c + j * W) * all(shrink[lane + i]);
+  for (int p = 0; p < tile.count; ++p) {
+    Floats features[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) features[j] = load(tile.data + p * tile.stride + c + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Floats weight = all(weights[p * lanes + lane + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[i][j] += weight * features[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) store(sum + int64_t(lane + i) * channels + c + j * W, sums[i][j]);
+}
+
+void pool(const Tile& tile, int lanes, int channels, const float* scores, float* weights, const Pool& pool) {
+  float* shrink = weights + tile.count * lanes;
+  weigh(tile, lanes, scores, weights, pool, shrink);
+  for (int lane = 0; lane < lanes; lane += POOL_ROWS) {
+    int c = 0;
+    for (; c + POOL_COLUMNS * W <= channels; c += POOL_COLUMNS * W)
+      add_block<POOL_ROWS, POOL_COLUMNS>(tile, lanes, channels, weights, shrink, lane, c, pool.sum);
+    for (; c + W <= channels; c += W) add_block<POOL_ROWS, 1>(tile, lanes, channels, weights, shrink, lane, c, pool.sum);
+    for (; c < channels; ++c)
+      for (int i = lane; i < lane + POOL_ROWS; ++i) {
+        float value = pool.sum[int64_t(i) * channels + c] * shrink[i];
+        for (int p = 0; p < tile.count; ++p) value += weights[p * lanes + i] * tile.data[p * tile.stride + c];
+        pool.sum[int64_t(i) * channels + c] = value;
+      }
+  }
+}
+
+float burst(int64_t rounds) {
+  Floats sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = all(float(i));
+  const Floats factor = all(0x1.fffffep-1f), term = all(1e-7f);
+  for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sums[i] = sums[i] * factor + term;
+  float result = 0;
+  for (int i = 0; i < 16; ++i) result += sums[i][i % W];
+  return result;
+}
+
+}  // namespace
+
+#define TEXT(name) #name
+#define NAME(name) TEXT(name)
+extern const Kernels kernels;
+const Kernels kernels{NAME(ISA), W, load_tile, pack, best, scores, pool, burst};
+
+}  // namespace emca::ISA

@@ -1,0 +1,42 @@
+"""Loads the native library, and says which calls it can serve."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emca_kernels.build import BuildError, native_library
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the library is not there, or None; builds and loads it at the first call."""
+    try:
+        path: Path = native_library()
+        torch.ops.load_library(str(path))
+    except BuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot load {path}: {error}"
+    return None
+
+
+def instruction_set() -> str:
+    """ "avx512", "avx2" or "base": what the kernels run on here."""
+    return torch.ops.emca_native.instruction_set()
+
+
+def refuses(features: Tensor, *_: Tensor | None) -> str | None:
+    """The reason why the native backend cannot serve tensors like these, or None."""
+    if features.device.type != "cpu":
+        return f"{features.device.type} tensors"
+    if features.dtype not in DTYPES:
+        return f"{features.dtype}".removeprefix("torch.")
+    if features.numel() == 0:
+        return "empty tensors"
+    return unavailable()

@@ -1,0 +1,31 @@
+"""Operators of torch: one opaque boundary each, so that torch.compile, export, FakeTensor and the FLOP counter know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_LIBRARY = torch.library.Library("emca", "DEF")
+
+
+def register_operator(
+    schema: str, implementation: Callable[..., Any], *, fake: Callable[..., Any], flops: Callable[..., int]
+) -> Callable[..., Any]:
+    """Define `torch.ops.emca.<name>` and return it.
+
+    Args:
+        schema: "name(Tensor features, ...) -> Tensor".
+        implementation: from tensors of any device; picks a backend.
+        fake: the same signature, to tensors of the right shape, dtype and device, without values.
+        flops: from the shapes of the arguments, in their order, to floating-point operations.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"emca::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.emca, name)
+    register_flop_formula(operator)(flops)
+    return operator.default

@@ -1,0 +1,123 @@
+"""The rules against fvcore itself, and what leads from torch's counter to it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emca_bench.measure.flops import count_macs
+from emca_bench.measure.subjects import Subject, build_subject
+from emca_bench.models import Predictions
+from emca_bench.specs import Arm
+
+QUERIES, WIDTH = 100, 256
+
+
+class Call(nn.Module):
+    """A subject as a module that fvcore can trace."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.subject, self.call = subject.module, subject.call
+
+    def forward(self) -> Tensor | tuple[Tensor, Tensor]:
+        result = self.call()
+        return (result.class_logits, result.mask_logits) if isinstance(result, Predictions) else result
+
+
+def trace(attention: str, params: dict[str, Any]) -> Any:
+    """fvcore's own analysis, traced on the CPU."""
+    subject = build_subject(Arm(name=attention, attention=attention), params, seed=0)
+    with torch.no_grad(), warnings.catch_warnings():
+        # fvcore uses names that torch deprecates; the tracer warns of every size that becomes a constant
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(Call(subject), ()).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis.total()
+    return analysis
+
+
+def untraced_class_heads(params: dict[str, Any], layers: int, queries: int, width: int) -> int:
+    """The trace leaves out what no result depends on: in evaluation the class heads of all but the last prediction."""
+    return layers * queries * width * (params["classes"] + 1)
+
+
+@pytest.mark.parametrize("attention", ["masked", "masked_fused", "emca", "emca_soft", "pem_ca"])
+@pytest.mark.parametrize("scope", ["model", "end_to_end"])
+def test_the_rules_are_fvcore_s(scope: str, attention: str) -> None:
+    params = {"scope": scope, "model": "mask2former_tiny", "image_size": "96x128", "classes": 19, "batch": 1, "mask_source": "logits"}
+    found = count_macs(Arm(name=attention, attention=attention), params)["fvcore"]["macs"]
+    found -= untraced_class_heads(params, layers=3, queries=20, width=64)
+    # fvcore rounds einsums to four digits
+    assert found == pytest.approx(trace(attention, params).total(), rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "attention", "image_size", "layers"),
+    [
+        ("mask2former_r50", "masked", "512x512", 9),
+        ("mask2former_r50", "masked_fused", "96x160", 9),
+        ("mask2former_swin_tiny", "masked", "96x160", 9),
+        ("pem_r50", "pem_ca_published", "96x160", 6),
+    ],
+)
+def test_the_rules_are_fvcore_s_operator_by_operator(model: str, attention: str, image_size: str, layers: int) -> None:
+    params = {"scope": "model", "model": model, "image_size": image_size, "classes": 150, "batch": 1}
+    fvcore = trace(attention, params)
+    rules = count_macs(Arm(name=attention, attention=attention), params)["fvcore"]
+    total = rules["macs"] - untraced_class_heads(params, layers, QUERIES, WIDTH)
+    assert total == pytest.approx(fvcore.total(), rel=1e-5)
+    named = {"batch_norm": "native_batch_norm", "layer_norm": "native_layer_norm", "group_norm": "native_group_norm"}
+    named |= {"grid_sampler": "grid_sampler_2d", "upsample_bilinear2d": "upsample_bilinear2d"}
+    counted = fvcore.by_operator()
+    assert rules["added"] == {ours: counted[theirs] for theirs, ours in named.items() if counted[theirs]}
+    unsupported = fvcore.unsupported_ops()
+    assert set(rules["dropped"]) == {name for name in ("baddbmm", "scaled_dot_product_attention") if unsupported[f"aten::{name}"]}
+    modules = fvcore.by_module()
+    assert rules["components"]["backbone"] == modules["subject.backbone"]
+    assert rules["components"]["pixel_decoder"] == modules["subject.sem_seg_head.pixel_decoder"]
+
+
+@pytest.mark.parametrize("scope", ["attention", "decoder", "model", "end_to_end"])
+@pytest.mark.parametrize("attention", ["masked", "masked_fused", "emca"])
+def test_what_is_added_and_dropped_leads_from_one_counter_to_the_other(attention: str, scope: str) -> None:
+    params: dict[str, Any] = {"scope": scope, "batch": 2, "pixels": "12x20", "queries": 30, "width": 64}
+    if scope != "attention":
+        params = {"scope": scope, "batch": 2, "model": "mask2former_tiny", "image_size": "96x160", "classes": 19}
+    counted = count_macs(Arm(name=attention, attention=attention), params)
+    rules = counted["fvcore"]
+    assert counted["macs"] + sum(rules["added"].values()) - sum(rules["dropped"].values()) == rules["macs"]
+    assert sum(rules["components"].values()) == rules["macs"]
+
+
+def test_masked_attention_loses_its_scores_and_fused_attention_both_products() -> None:
+    params = {"scope": "attention", "pixels": "64x64", "queries": QUERIES, "width": WIDTH, "batch": 1}
+    dropped = {name: count_macs(Arm(name=name, attention=name), params)["fvcore"]["dropped"] for name in ("masked", "masked_fused", "emca")}
+    product = QUERIES * 64 * 64 * WIDTH
+    assert dropped == {"masked": {"baddbmm": product}, "masked_fused": {"scaled_dot_product_attention": 2 * product}, "emca": {}}
+
+
+@pytest.mark.parametrize(
+    ("image_size", "classes", "counted", "by_the_rules", "published"),
+    [
+        ("512x512", 150, 66.33, 70.58, (66, 71)),
+        ("640x640", 150, 102.76, 109.36, (102.7, 110)),
+        ("1024x2048", 19, 519.55, 525.9, (519, 527)),
+    ],
+)
+def test_the_two_counters_are_the_ends_of_the_published_figures(
+    image_size: str, classes: int, counted: float, by_the_rules: float, published: tuple[float, float]
+) -> None:
+    """Low: torch's counter on the model alone. High: fvcore's rules with semantic inference, as papers count."""
+    params = {"model": "mask2former_r50", "image_size": image_size, "classes": classes, "batch": 1}
+    masked = Arm(name="masked", attention="masked")
+    low = count_macs(masked, {"scope": "model", **params})["macs"] / 1e9
+    high = count_macs(masked, {"scope": "end_to_end", **params})["fvcore"]["macs"] / 1e9
+    assert low == pytest.approx(counted, rel=1e-3)
+    assert high == pytest.approx(by_the_rules, rel=1e-3)
+    assert published[0] <= low < high <= published[1]
