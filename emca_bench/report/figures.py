@@ -189,10 +189,11 @@ def accuracy_by_arm(group: AccuracyGroup, palette: dict[str, Look]) -> Figure:
 
 
 def _at_least_a_point(ax: Axes) -> None:
-    """Widen the axis of a panel to one point: less would magnify noise."""
+    """Widen the axis of a panel to one point, without much below zero: less would magnify noise."""
     low, high = ax.get_xlim()
     if high - low < 1:
-        ax.set_xlim((low + high - 1) / 2, (low + high + 1) / 2)
+        start = max((low + high - 1) / 2, -0.06)
+        ax.set_xlim(start, start + 1)
 
 
 def _margin_and_floor(ax: Axes, group: AccuracyGroup, metric: Metric, palette: dict[str, Look]) -> None:

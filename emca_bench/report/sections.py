@@ -27,6 +27,7 @@ _CURVES = "Left: latency of one call, with 95 % intervals as bands; rings: last 
 _BOUND = "Measured bound: how many times as fast a baseline becomes without any cross-attention."
 _BOUND_HOLDS = "An arm that changes nothing else cannot gain more."
 _BLIND = "That an arm is not worse here would be true of deleting the module too."
+_BAND = "Grey band: losses within the margin stated before the run. Dots: seeds. The table pairs seeds, which the bars cannot show."
 _SHORT = "A short training ranks arms at equal effort; it says nothing about converged accuracy."
 
 
@@ -233,7 +234,7 @@ def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, fi
     if not group.measured:
         return [*blocks, table]
     blocks += [panoptic.rules(group)] if panoptic_task else []
-    caption = "Grey band: losses within the margin stated before the run. Dots: seeds. The table pairs seeds, which the bars cannot show."
+    caption = _BAND + (f" {panoptic.conditions(group)}" if panoptic_task else "")
     blocks.append(
         Figure(
             f"accuracy-{name}",
