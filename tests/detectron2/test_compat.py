@@ -25,11 +25,11 @@ def test_in1d_is_put_back_only_where_it_is_missing(monkeypatch: pytest.MonkeyPat
     own = object()
     monkeypatch.setattr(np, "in1d", own, raising=False)
     provide_in1d()
-    assert np.in1d is own
+    assert vars(np)["in1d"] is own
     monkeypatch.delattr(np, "in1d")
     provide_in1d()
     try:
-        assert np.in1d([1, 2, 3], [2]).tolist() == [False, True, False]
+        assert vars(np)["in1d"]([1, 2, 3], [2]).tolist() == [False, True, False]
     finally:
         monkeypatch.setattr(np, "in1d", own, raising=False)
 

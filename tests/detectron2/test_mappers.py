@@ -151,8 +151,16 @@ def test_labels_of_another_size_are_refused(record: dict[str, Any]):
 @pytest.mark.parametrize(
     ("name", "config", "kinds"),
     [
-        ("mask_former_semantic", SEMANTIC, ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "ColorAugSSDTransform", "RandomFlip"]),
-        ("mask_former_panoptic", PANOPTIC, ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "ColorAugSSDTransform", "RandomFlip"]),
+        (
+            "mask_former_semantic",
+            SEMANTIC,
+            ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "ColorAugSSDTransform", "RandomFlip"],
+        ),
+        (
+            "mask_former_panoptic",
+            PANOPTIC,
+            ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "ColorAugSSDTransform", "RandomFlip"],
+        ),
         ("coco_panoptic_lsj", PANOPTIC, ["RandomFlip", "ResizeScale", "FixedSizeCrop"]),
     ],
 )

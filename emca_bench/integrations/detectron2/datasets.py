@@ -14,12 +14,13 @@ from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 from emca_bench.data.base import IGNORE
 from emca_bench.errors import UsageError
 
-# 0-based; the other 100 classes of SceneParse150 are things (Mask2Former, datasets/README.md)
-ADE20K_STUFF = frozenset(
-    number - 1
-    for number in (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61, 62, 64, 69, 78, 80)
-    + (85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132, 141, 142, 146)
-)
+# as Mask2Former splits SceneParse150, numbered from 0; the other 100 classes are things
+# fmt: off
+ADE20K_STUFF = frozenset((
+    0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99,
+    100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145,
+))
+# fmt: on
 
 
 def register_coco_panoptic_folder(
