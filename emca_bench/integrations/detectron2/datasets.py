@@ -11,16 +11,9 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 
+from emca_bench.data.ade20k import STUFF
 from emca_bench.data.base import IGNORE
 from emca_bench.errors import UsageError
-
-# as Mask2Former splits SceneParse150, numbered from 0; the other 100 classes are things
-# fmt: off
-ADE20K_STUFF = frozenset((
-    0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99,
-    100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145,
-))
-# fmt: on
 
 
 def register_coco_panoptic_folder(
@@ -65,7 +58,7 @@ def register_ade20k_panoptic(root: str | Path) -> None:
     """
     folder = Path(root) / "ADEChallengeData2016"
     categories = [
-        {"id": index, "name": name, "isthing": int(index not in ADE20K_STUFF)} for index, name in enumerate(ADE20K_SEM_SEG_CATEGORIES)
+        {"id": index, "name": name, "isthing": int(index + 1 not in STUFF)} for index, name in enumerate(ADE20K_SEM_SEG_CATEGORIES)
     ]
     for split, images in (("train", "training"), ("val", "validation")):
         name = f"ade20k_panoptic_{split}"
