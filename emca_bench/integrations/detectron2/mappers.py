@@ -51,7 +51,7 @@ def read_panoptic(record: Mapping[str, Any], ignore: int) -> LabelMap:
 
 
 def split_planes(ids: Ids) -> npt.NDArray[np.uint8]:
-    """Ids below 2**24 as an image [H, W, 3]: Pillow resizes bytes by true nearest neighbours, other types are resized off by half a pixel."""
+    """Ids below 2**24 as an image [H, W, 3]: Pillow resizes bytes by true nearest neighbours, others are resized off by half a pixel."""
     return np.stack([ids & 0xFF, ids >> 8 & 0xFF, ids >> 16 & 0xFF], -1).astype(np.uint8)
 
 
