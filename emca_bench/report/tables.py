@@ -139,9 +139,7 @@ def cross_check_table(rows: Iterable[CountRow]) -> Table:
         )
         left_out = ", ".join(f"{name} ({numbers.plural(calls, 'call')})" for name, calls in sorted(row.uncounted.items())) or "none"
         closed = number(row.closed_form_macs, numbers.gmacs)
-        shown.append(
-            [arm(row.arm), _count_conditions(row), number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)]
-        )
+        shown.append([arm(row.arm), _count_conditions(row), number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)])
     return Table(columns, shown)
 
 
