@@ -29,6 +29,7 @@ def plain(read: Any, *augmentations: Any, divisibility: int = -1, constrained: b
         image_format="RGB",
         size_divisibility=divisibility,
         ignore=255,
+        classes=9,
         constrained=constrained,
     )
 
@@ -140,6 +141,23 @@ def test_annotated_instances_may_overlap(record: dict[str, Any]):
     assert (found.gt_masks.tensor[0] & found.gt_masks.tensor[1]).any()
     record["annotations"] = record["annotations"][2:]
     assert plain(None)(record)["instances"].gt_masks.tensor.shape == (0, 40, 56)
+
+
+@pytest.mark.parametrize(
+    ("read", "key"), [(read_semantic, "sem_seg_file_name"), (read_panoptic, "pan_seg_file_name"), (None, "annotations")]
+)
+def test_records_without_what_the_mapper_reads_are_refused(read: Any, key: str, record: dict[str, Any]):
+    record.pop(key, None)
+    with pytest.raises(UsageError, match=f"has no '{key}'"):
+        plain(read)(record)
+
+
+@pytest.mark.parametrize("read", [read_semantic, read_panoptic])
+def test_classes_that_the_model_does_not_have_are_refused(read: Any, record: dict[str, Any]):
+    mapper = plain(read)
+    mapper.classes = 8
+    with pytest.raises(UsageError, match=r"has class 8; expected 0\.\.7 .*255 where ignored"):
+        mapper(record)
 
 
 def test_labels_of_another_size_are_refused(record: dict[str, Any]):
