@@ -134,7 +134,7 @@ class Expected:
 
     claim: str
     metric: str
-    """speedup, fps, miou or miou_difference."""
+    """speedup, fps, gmacs (1e9 multiply-adds as fvcore counts them), miou or miou_difference."""
     value: float
     arm: str
     source: str
@@ -142,13 +142,13 @@ class Expected:
     """Baselines of a ratio or a difference; one row each."""
     where: Mapping[str, Value] = field(default_factory=dict)
     tolerance: float = 0.05
-    """Relative for ratios and fps, absolute (in points) for mIoU."""
+    """Relative for ratios, fps and gmacs, absolute (in points) for mIoU."""
     hardware: str = "unstated"
     dataset: str = ""
     """Data set of the claim; a counterpart on other data is not comparable."""
 
 
-METRICS = ("speedup", "fps", "miou", "miou_difference")
+METRICS = ("speedup", "fps", "gmacs", "miou", "miou_difference")
 
 
 @dataclass(frozen=True, kw_only=True)

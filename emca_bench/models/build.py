@@ -68,9 +68,9 @@ MODELS.register("mask2former_r50")(
 
 _SWIN_ABOUT = {
     "tiny": "Mask2Former with Swin-T: 47.4 M parameters.",
-    "small": "Mask2Former with Swin-S: 68.7 M parameters.",
+    "small": "Mask2Former with Swin-S: 68.8 M parameters.",
     "base": "Mask2Former with Swin-B, windows of 12 pixels: 106.9 M parameters.",
-    "large": "Mask2Former with Swin-L, windows of 12 pixels: 215.4 M parameters.",
+    "large": "Mask2Former with Swin-L, windows of 12 pixels: 215.5 M parameters.",
 }
 
 for _size, _about in _SWIN_ABOUT.items():

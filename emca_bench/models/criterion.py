@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,9 +57,10 @@ class Criterion(nn.Module):
             ValueError: masks of another size than the padded input that the predictions cover.
         """
         _check_sizes(predictions, targets)
-        losses = self._losses(predictions, targets)
+        segments = _segments_per_process(targets, predictions.mask_logits.device)
+        losses = self._losses(predictions, targets, segments)
         for index, earlier in enumerate(predictions.auxiliary):
-            losses |= {f"{name}_{index}": loss for name, loss in self._losses(earlier, targets).items()}
+            losses |= {f"{name}_{index}": loss for name, loss in self._losses(earlier, targets, segments).items()}
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -69,7 +71,7 @@ class Criterion(nn.Module):
         """Each loss times its weight, under the same names."""
         return {name: self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()}
 
-    def _losses(self, predictions: Predictions, targets: Sequence[Segments]) -> dict[str, Tensor]:
+    def _losses(self, predictions: Predictions, targets: Sequence[Segments], segments: float) -> dict[str, Tensor]:
         predictions = _at_least_float32(predictions)
         matches = match_segments(
             predictions,
@@ -79,7 +81,10 @@ class Criterion(nn.Module):
             mask_weight=self.weights["loss_mask"],
             dice_weight=self.weights["loss_dice"],
         )
-        return {"loss_ce": self._class_loss(predictions.class_logits, targets, matches), **self._mask_losses(predictions, targets, matches)}
+        return {
+            "loss_ce": self._class_loss(predictions.class_logits, targets, matches),
+            **self._mask_losses(predictions, targets, matches, segments),
+        }
 
     def _class_loss(self, class_logits_BQK: Tensor, targets: Sequence[Segments], matches: list[Match]) -> Tensor:
         no_object = class_logits_BQK.shape[-1] - 1
@@ -88,10 +93,11 @@ class Criterion(nn.Module):
             row[match.queries.to(row.device)] = target.labels[match.segments.to(target.labels.device)]
         return F.cross_entropy(class_logits_BQK.mT, wanted_BQ, self.empty_weight.to(class_logits_BQK.dtype))
 
-    def _mask_losses(self, predictions: Predictions, targets: Sequence[Segments], matches: list[Match]) -> dict[str, Tensor]:
+    def _mask_losses(
+        self, predictions: Predictions, targets: Sequence[Segments], matches: list[Match], segments: float
+    ) -> dict[str, Tensor]:
         logits_Nhw = torch.cat([masks[match.queries] for masks, match in zip(predictions.mask_logits, matches, strict=True)])
         true_NHW = torch.cat([target.masks[match.segments] for target, match in zip(targets, matches, strict=True)])
-        segments = max(len(logits_Nhw), 1)
         logits_N1hw, true_N1HW = logits_Nhw[:, None], true_NHW[:, None].to(logits_Nhw)
         at = uncertain_points(logits_N1hw.detach(), points=self.points, oversampling=self.oversampling, importance=self.importance)
         with torch.no_grad():
@@ -102,6 +108,16 @@ class Criterion(nn.Module):
         overlap = 2 * (probability * true_NS).sum(-1)
         dice = (1 - (overlap + 1) / (probability.sum(-1) + true_NS.sum(-1) + 1)).sum() / segments
         return {"loss_mask": cross_entropy, "loss_dice": dice}
+
+
+def _segments_per_process(targets: Sequence[Segments], device: torch.device) -> float:
+    """What sums over masks are divided by: true segments, matched or not, their mean over the processes of a distributed training."""
+    count = float(sum(len(target.labels) for target in targets))
+    if dist.is_available() and dist.is_initialized():
+        total = torch.tensor(count, device=device)
+        dist.all_reduce(total)
+        count = total.item() / dist.get_world_size()
+    return max(count, 1.0)
 
 
 def _at_least_float32(predictions: Predictions) -> Predictions:

@@ -219,7 +219,8 @@ class MaskDecoder(nn.Module):
     def _level(self, features: Tensor, embed_C: Tensor) -> Level:
         shape = (int(features.shape[-2]), int(features.shape[-1]))
         position = sine_position(shape, self.width, device=features.device, dtype=features.dtype)
-        return Level(features.flatten(2).mT + embed_C, position, shape)
+        # rows of a pixel together, once: each level is read by every third layer, and maps [B, C, h, w] would be turned in each
+        return Level(features.flatten(2).mT.contiguous() + embed_C, position, shape)
 
     def _predict(self, queries: Tensor, mask_features: Tensor, image_size: tuple[int, int]) -> Predictions:
         normed = self.decoder_norm(queries)

@@ -16,6 +16,8 @@ LABELS = {
     "emca_soft": "EMCA soft",
     "mask_pooling": "mask pooling",
     "pem_ca": "PEM-CA",
+    "pem_ca_published": "PEM-CA (as published)",
+    "pem_ca_mended": "PEM-CA (mended)",
     "none": "none",
 }
 """Words for the arms of the standard studies, in reading order; any other arm goes by its own name."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from emca_bench import stats
 from emca_bench.report import numbers
+from emca_bench.report.counts import by_fvcore
 from emca_bench.report.load import Result, Run, distinct_cells, point
 from emca_bench.specs import Cell, Expected, Study, Value
 from emca_bench.stats import MIN_ROUNDS, MIN_SEEDS, Mean, Ratio
@@ -44,8 +45,7 @@ def claims(run: Run) -> list[Claim]:
 
 
 def _rows(run: Run, study: Study, expected: Expected, against: str | None) -> list[Claim]:
-    measure = "latency" if expected.metric in ("speedup", "fps") else "accuracy"
-    judge = {"speedup": _speedup, "fps": _frame_rate, "miou": _miou, "miou_difference": _miou_difference}[expected.metric]
+    measure, judge = _JUDGES[expected.metric]
     groups: dict[object, list[Cell]] = {}
     for cell in distinct_cells(study):
         if all(cell.params.get(name) == value for name, value in expected.where.items() if name not in cell.arm.overrides):
@@ -65,6 +65,23 @@ def _rows(run: Run, study: Study, expected: Expected, against: str | None) -> li
 
 def _results(run: Run, cells: Iterable[Cell], measure: str) -> list[Result]:
     return [result for result in (run.find(cell, measure) for cell in cells) if result is not None]
+
+
+def _multiply_adds(
+    run: Run, study: Study, expected: Expected, against: str | None, mine: Sequence[Result], theirs: Sequence[Result]
+) -> Claim:
+    where = _conditions(mine[0])
+    found = by_fvcore(mine[0].values)
+    if found is None:
+        return _claim(study, expected, against, where, "not run", _missing(mine, "no count by fvcore's rules"))
+    low, high = _band(expected, relative=True)
+    exact = Mean(found.macs / 1e9, found.macs / 1e9, found.macs / 1e9, 1)
+    side = "below" if exact.estimate < low else "above" if exact.estimate > high else "within"
+    reason = (
+        f"{side.capitalize()} the tolerated {numbers.significant(low)} to {numbers.significant(high)}, by fvcore's rules as papers count."
+    )
+    shown = f"{numbers.gmacs(found.macs)} GMACs"
+    return _claim(study, expected, against, where, "reproduced" if side == "within" else "differs", reason, shown, exact)
 
 
 def _speedup(run: Run, study: Study, expected: Expected, against: str | None, mine: Sequence[Result], theirs: Sequence[Result]) -> Claim:
@@ -134,6 +151,16 @@ def _accuracy(
     return _claim(study, expected, against, where, verdict, reason, show(found), found)
 
 
+_JUDGES = {
+    "speedup": ("latency", _speedup),
+    "fps": ("latency", _frame_rate),
+    "gmacs": ("macs", _multiply_adds),
+    "miou": ("accuracy", _miou),
+    "miou_difference": ("accuracy", _miou_difference),
+}
+"""What a metric is judged from, and by whom."""
+
+
 def _judge(expected: Expected, found: Ratio | Mean, *, enough: bool, relative: bool, neutral: float | None) -> tuple[Verdict, str]:
     """Hold an estimate and its interval against the tolerance band of a claim.
 
@@ -190,6 +217,7 @@ def _conditions(result: Result) -> str:
 
 def _published(expected: Expected) -> str:
     units = {"speedup": f"{expected.value:g}{numbers.TIMES}", "fps": f"{expected.value:g} FPS", "miou": f"{expected.value:g} mIoU"}
+    units["gmacs"] = f"{expected.value:g} GMACs"
     return units.get(expected.metric, f"{numbers.minus(f'{expected.value:+g}')} mIoU")
 
 

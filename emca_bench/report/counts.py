@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from emca_bench import stats
 from emca_bench.report.load import ResultStatus, Run, point
@@ -12,6 +13,17 @@ from emca_bench.specs import Cell, Study
 
 COMPONENTS = ("backbone", "pixel_decoder", "input_projection", "cross_attention", "self_attention", "ffn", "mask_heads", "other")
 """In the order in which an image passes through them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByFvcore:
+    """The same call by the rules of fvcore, the counter of most papers."""
+
+    macs: int
+    added: Mapping[str, int]
+    """Multiply-adds that fvcore sees and torch's counter does not, by operator."""
+    dropped: Mapping[str, int]
+    """The other way round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +40,8 @@ class CountRow:
     components: Mapping[str, int]
     parameters: int | None
     uncounted: Mapping[str, int]
+    by_fvcore: ByFvcore | None
+    """None where the run did not record it."""
 
     @property
     def arm(self) -> str:
@@ -101,4 +115,11 @@ def _row(run: Run, study: Study, cell: Cell) -> CountRow:
         components=values.get("components") or {},
         parameters=values.get("parameters"),
         uncounted=values.get("uncounted") or {},
+        by_fvcore=by_fvcore(values),
     )
+
+
+def by_fvcore(values: Mapping[str, Any]) -> ByFvcore | None:
+    """What a record of the measure `macs` holds of fvcore, if it does."""
+    found = values.get("fvcore")
+    return ByFvcore(macs=found["macs"], added=found["added"], dropped=found["dropped"]) if found else None

@@ -42,6 +42,8 @@ _LOOKS = {
     "emca_soft": ("#0072B2", "v", "-"),
     "mask_pooling": ("#009E73", "P", "-"),
     "pem_ca": ("#CC79A7", "X", "-"),
+    "pem_ca_published": ("#CC79A7", "X", "--"),
+    "pem_ca_mended": ("#AA3377", "x", "-"),
     "none": ("#56B4E9", "h", ":"),
 }
 _SPARE_COLORS = ("#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100", "#6699CC")
@@ -49,6 +51,7 @@ _SPARE_MARKERS = ("<", ">", "d", "8", "H")
 _COMPONENT_COLORS = {
     "backbone": "#BBBBBB",
     "pixel_decoder": "#DDCC77",
+    "input_projection": "#AA7744",
     "cross_attention": "#CC3311",
     "self_attention": "#88CCEE",
     "ffn": "#4477AA",
@@ -186,10 +189,11 @@ def accuracy_by_arm(group: AccuracyGroup, palette: dict[str, Look]) -> Figure:
 
 
 def _at_least_a_point(ax: Axes) -> None:
-    """Widen the axis of a panel to one point: less would magnify noise."""
+    """Widen the axis of a panel to one point, without much below zero: less would magnify noise."""
     low, high = ax.get_xlim()
     if high - low < 1:
-        ax.set_xlim((low + high - 1) / 2, (low + high + 1) / 2)
+        start = max((low + high - 1) / 2, -0.06)
+        ax.set_xlim(start, start + 1)
 
 
 def _margin_and_floor(ax: Axes, group: AccuracyGroup, metric: Metric, palette: dict[str, Look]) -> None:
@@ -378,8 +382,9 @@ def _bars_panel(ax: Axes, group: Sequence[CountRow], components: Sequence[str]) 
         text = f"{numbers.significant(float(total))} ({row.attention_share or 0:.1%})"
         ax.annotate(text, (float(total), height), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
     ax.set_xlim(0, float(start.max()) * 1.32)
-    params = group[0].cell.params
-    ax.set_title(f"{params['model']}, {numbers.size(params['image_size'])}")
+    places = {(str(row.cell.params["model"]), str(row.cell.params["image_size"])) for row in group}
+    model, size = next(iter(places))
+    ax.set_title(f"{model}, {numbers.size(size)}" if len(places) == 1 else group[0].study.title)
     ax.set_xlabel("GMACs per forward pass (share of cross-attention)")
 
 

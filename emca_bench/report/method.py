@@ -20,8 +20,9 @@ alone is no win."""
 _ACCURACY = """Differences are paired over common seeds. Not worse needs an interval above minus the margin; one seed is never a
 verdict."""
 _PANOPTIC = """PQ is the mean over classes of the intersections over union of matched segments, over matches plus half of the
-misses and of the false alarms; a match needs more than one half. Void and crowds as in the COCO panoptic API. AP is COCO's, of masks of
-things, over thresholds 0.50 to 0.95. All results of a row come from the same weights and the same forward passes."""
+misses and of the false alarms; a match needs more than one half. Void and crowds as in the COCO panoptic API. AP is COCO's, over
+thresholds 0.50 to 0.95, of masks against the things of the panoptic truth. All results of a row come from the same weights and the same
+forward passes."""
 _FLOORS = """Arm none: the queries never see the image in this sub-layer. Always the commonest class: no model at all. Arm mask_pooling:
 the same cost without a search."""
 _COUNTING = """MACs are multiply-adds, not FLOPs (1 MAC = 2 FLOPs). Operators without a count are listed, not guessed."""

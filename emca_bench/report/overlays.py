@@ -79,7 +79,7 @@ def _paint(rows: Sequence[_Row], colors: np.ndarray, shown: Sequence[LegendEntry
         _paint_row(canvas, draw, row, colors, top, height)
         top += 2 * height + _ROW_EXTRA
     pictures.paint_legend(draw, legend, top)
-    return pictures.as_png(canvas)
+    return pictures.as_png(canvas, flat=True)
 
 
 def _paint_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, colors: np.ndarray, top: int, height: int) -> None:

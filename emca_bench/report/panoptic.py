@@ -25,7 +25,7 @@ def panoptic_table(group: AccuracyGroup) -> Table:
         means = [_mean(entry, metric) for metric in others]
         means += [number(entry.average(name), lambda value: f"{value:.1f}") for name in _MEANS]
         rows.append([*judged_cells(group, entry), *means, number(entry.average("parameters"), lambda count: f"{count / 1e6:.2f} M")])
-    return Table(columns, rows, star(group))
+    return Table(columns, rows, " ".join(part for part in (star(group), conditions(group)) if part))
 
 
 def differences_table(group: AccuracyGroup) -> Table | None:
@@ -35,7 +35,7 @@ def differences_table(group: AccuracyGroup) -> Table | None:
         return None
     columns = [Column("Arm"), *(Column(f"{metric.label} [95 %]", "right") for metric in group.metrics)]
     rows = [[arm(entry.name), *(_difference(entry, metric) for metric in group.metrics)] for entry in compared]
-    return Table(columns, rows, f"Minus {group.baseline}, paired over common seeds.")
+    return Table(columns, rows, f"Minus {group.baseline}, paired over common seeds. {conditions(group)}")
 
 
 def panoptic_details(group: AccuracyGroup) -> list[Block]:
@@ -46,21 +46,29 @@ def panoptic_details(group: AccuracyGroup) -> list[Block]:
     return [*blocks, Details("AP of every thing", [class_table(group, "class_ap", left_out=True)])]
 
 
+def conditions(group: AccuracyGroup) -> str:
+    """Thresholds and sizes in one line, for captions."""
+    objects, overlap = _thresholds(group)
+    size = numbers.size(group.fact("image_size") or group.shared.get("image_size", "?"))
+    return f"Object threshold {objects:g}, overlap threshold {overlap:g}; trained on crops of {size}, scored at the images' own size."
+
+
 def rules(group: AccuracyGroup) -> Paragraph:
-    """How predictions became segments and instances, and at which size they were scored."""
+    """How predictions became segments and instances."""
     objects, overlap = _thresholds(group)
     as_published = objects == overlap == PUBLISHED_THRESHOLD
     published = "" if as_published else f" (published: {PUBLISHED_THRESHOLD:g} and {PUBLISHED_THRESHOLD:.0%})"
     return Paragraph(
         f"One set of weights gives all columns. A panoptic segment needs a class score above {objects:g} and keeps at least {overlap:.0%} "
-        f"of its mask{published}; instances are the 100 best pairs of query and class. Everything is scored at the images' own size."
+        f"of its mask{published}; instances are the 100 best pairs of query and class."
     )
 
 
 def shown_rule(group: AccuracyGroup) -> str:
     """Which results an overlay shows."""
     objects, overlap = _thresholds(group)
-    return f"Segments: class score above {objects:g}, at least {overlap:.0%} of the mask kept. Instances: score of at least {objects:g}."
+    kept = f"Segments: class score above {objects:g}, at least {overlap:.0%} of the mask kept. Instances: score of at least {objects:g}"
+    return f"{kept}, better ones on top. White: edges of segments. Results at the images' own size."
 
 
 def _thresholds(group: AccuracyGroup) -> tuple[float, float]:

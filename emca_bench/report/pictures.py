@@ -109,10 +109,12 @@ def paint_legend(draw: ImageDraw.ImageDraw, lines: Sequence[Sequence[tuple[int, 
         top += LINE
 
 
-def as_png(canvas: Image.Image) -> bytes:
-    """The bytes of a PNG file; 256 colours look the same on flat label maps and take a third of the bytes."""
+def as_png(canvas: Image.Image, *, flat: bool) -> bytes:
+    """The bytes of a PNG file; on flat label maps 256 colours look the same and take a third of the bytes, on shaded ones they do not."""
     buffer = io.BytesIO()
-    canvas.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    if flat:
+        canvas = canvas.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    canvas.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -27,6 +27,7 @@ _CURVES = "Left: latency of one call, with 95 % intervals as bands; rings: last 
 _BOUND = "Measured bound: how many times as fast a baseline becomes without any cross-attention."
 _BOUND_HOLDS = "An arm that changes nothing else cannot gain more."
 _BLIND = "That an arm is not worse here would be true of deleting the module too."
+_BAND = "Grey band: losses within the margin stated before the run. Dots: seeds. The table pairs seeds, which the bars cannot show."
 _SHORT = "A short training ranks arms at equal effort; it says nothing about converged accuracy."
 
 
@@ -174,6 +175,9 @@ def _flops(found: Findings) -> list[Block]:
     checked = [row for row in (*found.attention_counts, *counted) if row.macs is not None]
     if checked:
         blocks.append(Details("Counter against closed form", [tables.cross_check_table(checked)]))
+    if any(row.by_fvcore for row in checked):
+        said = "Most papers count with fvcore: it counts norms, resizes and samples, and drops attention scores that it does not know."
+        blocks.append(Details("Beside fvcore, the counter of most papers", [Paragraph(said), tables.counters_table(checked)]))
     return blocks
 
 
@@ -230,7 +234,7 @@ def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, fi
     if not group.measured:
         return [*blocks, table]
     blocks += [panoptic.rules(group)] if panoptic_task else []
-    caption = "Grey band: losses within the margin stated before the run. Dots: seeds. The table pairs seeds, which the bars cannot show."
+    caption = _BAND + (f" {panoptic.conditions(group)}" if panoptic_task else "")
     blocks.append(
         Figure(
             f"accuracy-{name}",

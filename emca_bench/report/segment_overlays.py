@@ -26,16 +26,23 @@ _HEAD = 30
 _COLUMNS = ("image / errors", "semantic", "panoptic", "instances")
 _LEGEND = (("error map: wrong class", WRONG), ("no truth, or no segment", PALE))
 _FONT = pictures.font(16)
-_EDGE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """Maps of one image from one source; segments hold a class [H, W], or IGNORE, and a number [H, W]."""
+    """Maps of one image from one source; segments hold a class [H, W], or IGNORE, and a number [H, W], or 0."""
 
     semantic: np.ndarray
     panoptic: tuple[np.ndarray, np.ndarray]
     instances: tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Palette:
+    """By class index: colour [256, 3], PALE for what is no class, and whether instances are counted [256]."""
+
+    colors: np.ndarray
+    countable: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,18 +67,18 @@ def segment_overlay(folder: Path, group: AccuracyGroup) -> Overlay | None:
     if not columns or not kept:
         return None
     classes = pictures.read_classes(base / "classes.json")
-    colors = np.full((256, 3), PALE, np.uint8)
-    colors[: len(classes)] = [entry["color"] for entry in classes]
-    things = np.array([bool(entry["thing"]) for entry in classes])
-    blocks = [_block(base / name, {arm: path / name for arm, path in columns.items()}, things) for name in kept[: pictures.MOST_IMAGES]]
+    palette = _Palette(np.full((256, 3), PALE, np.uint8), np.zeros(256, bool))
+    palette.colors[: len(classes)] = [entry["color"] for entry in classes]
+    palette.countable[: len(classes)] = [entry["thing"] for entry in classes]
+    blocks = [_block(base / name, {arm: path / name for arm, path in columns.items()}, palette) for name in kept[: pictures.MOST_IMAGES]]
     present = np.unique(np.concatenate([labels.semantic.ravel() for block in blocks for labels in (block.truth, *block.arms.values())]))
     shown = [(entry["name"], tuple(entry["color"])) for index, entry in enumerate(classes) if index in present]
-    return Overlay(_paint(blocks, colors, [*shown, *_LEGEND]), len(blocks), list(columns), seed)
+    return Overlay(_paint(blocks, palette, [*shown, *_LEGEND]), len(blocks), list(columns), seed)
 
 
-def _block(truth: Path, arms: Mapping[str, Path], things: np.ndarray) -> _Block:
+def _block(truth: Path, arms: Mapping[str, Path], palette: _Palette) -> _Block:
     category, number = _segments(truth / "truth_panoptic.png")
-    countable = np.append(things, np.zeros(256 - len(things), bool))[category]
+    countable = palette.countable[category]
     only_things = np.where(countable, category, IGNORE), np.where(countable, number, 0)
     labels = _Labels(pictures.read_image(truth / "truth.png", "L"), (category, number), only_things)
     found = {}
@@ -91,7 +98,7 @@ def _segments(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return channels[..., 0], channels[..., 1] + 256 * channels[..., 2]
 
 
-def _paint(blocks: Sequence[_Block], colors: np.ndarray, entries: Sequence[pictures.LegendEntry]) -> bytes:
+def _paint(blocks: Sequence[_Block], palette: _Palette, entries: Sequence[pictures.LegendEntry]) -> bytes:
     names = ["truth", *(label(arm) for arm in blocks[0].arms)]
     across = min(BLOCKS, len(blocks))
     lines = [blocks[start : start + across] for start in range(0, len(blocks), across)]
@@ -108,19 +115,19 @@ def _paint(blocks: Sequence[_Block], colors: np.ndarray, entries: Sequence[pictu
             left = _SIDE + place * stride
             for index, title in enumerate(_COLUMNS):
                 draw.text((left + index * (TILE + GAP // 2) + TILE / 2, top + _HEAD / 2), title, fill=TEXT, font=_FONT, anchor="mm")
-            _paint_block(canvas, block, colors, left, top + _HEAD, tile)
+            _paint_block(canvas, block, palette, left, top + _HEAD, tile)
         for index, name in enumerate(names):
             _paint_sideways(canvas, name, top + _HEAD + index * (tile + GAP // 2) + tile // 2)
         top += _HEAD + len(names) * (tile + GAP // 2) + GAP
     pictures.paint_legend(draw, legend, top)
-    return pictures.as_png(canvas)
+    return pictures.as_png(canvas, flat=False)
 
 
 def _height(block: _Block) -> int:
     return round(TILE * block.truth.semantic.shape[0] / block.truth.semantic.shape[1])
 
 
-def _paint_block(canvas: Image.Image, block: _Block, colors: np.ndarray, left: int, top: int, stride: int) -> None:
+def _paint_block(canvas: Image.Image, block: _Block, palette: _Palette, left: int, top: int, stride: int) -> None:
     size = (TILE, _height(block))
     image = Image.fromarray(block.image).resize(size, Image.Resampling.LANCZOS)
     for row, labels in enumerate((block.truth, *block.arms.values())):
@@ -129,24 +136,24 @@ def _paint_block(canvas: Image.Image, block: _Block, colors: np.ndarray, left: i
             wrong, share = pictures.error_map(block.image, block.truth.semantic, labels.semantic)
             first = pictures.tile(wrong, size)
             _note(first, f"{share:.0%} wrong")
-        segments = [_segment_tile(np.asarray(image), *found, colors) for found in (labels.panoptic, labels.instances)]
-        for index, tile in enumerate([first, pictures.tile(colors[labels.semantic], size), *segments]):
+        segments = [_segment_tile(np.asarray(image), *found, palette) for found in (labels.panoptic, labels.instances)]
+        for index, tile in enumerate([first, pictures.tile(palette.colors[labels.semantic], size), *segments]):
             canvas.paste(tile, (left + index * (TILE + GAP // 2), top + row * (stride + GAP // 2)))
 
 
-def _segment_tile(image: np.ndarray, category: np.ndarray, number: np.ndarray, colors: np.ndarray) -> Image.Image:
-    """Segments in shades of their class over a pale grey image, with an edge around each."""
+def _segment_tile(image: np.ndarray, category: np.ndarray, number: np.ndarray, palette: _Palette) -> Image.Image:
+    """Segments in the colour of their class over a pale grey image, with an edge around each."""
     size = image.shape[1], image.shape[0]
     kind, ids = (np.asarray(Image.fromarray(part.astype(np.int32)).resize(size, Image.Resampling.NEAREST)) for part in (category, number))
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    # neighbours of one class are told apart by shade: a golden section further for each
-    shade = 0.75 + 0.5 * (ids * 0.618033988749895 % 1)[..., None]
-    color = np.clip(colors[kind] * shade, 0, 255)
+    # things of one class are told apart by shade: a golden section further for each
+    shade = np.where(palette.countable[kind], 0.75 + 0.5 * (ids * 0.618033988749895 % 1), 1.0)[..., None]
+    color = np.clip(palette.colors[kind] * shade, 0, 255)
     picture = np.where((kind == IGNORE)[..., None], grey * 0.35 + 150, 0.75 * color + 0.25 * grey)
     edge = np.zeros(ids.shape, bool)
     edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     edge[1:] |= ids[1:] != ids[:-1]
-    picture[edge] = _EDGE
+    picture[edge] = 0.3 * picture[edge] + 0.7 * 255
     return Image.fromarray(picture.round().astype(np.uint8))
 
 

@@ -99,6 +99,7 @@ def _count(row: CountRow) -> dict[str, Any]:
         "components": dict(row.components),
         "parameters": row.parameters,
         "cross_attention_bound": row.bound,
+        **({"fvcore_macs": row.by_fvcore.macs} if row.by_fvcore else {}),
     }
 
 

@@ -133,15 +133,27 @@ def cross_check_table(rows: Iterable[CountRow]) -> Table:
     for row in rows:
         if row.macs is None:
             continue
-        names = ("scope", "model", "image_size", "pixels", "queries", "width", "batch")
-        where = numbers.conditions({name: row.cell.params[name] for name in names if name in row.cell.params})
         apart = row.disagreement
         difference = (
             EMPTY if apart is None else Value(numbers.minus(f"{apart:+.2%}"), sort=apart, tone="good" if abs(apart) <= 0.01 else "bad")
         )
         left_out = ", ".join(f"{name} ({numbers.plural(calls, 'call')})" for name, calls in sorted(row.uncounted.items())) or "none"
         closed = number(row.closed_form_macs, numbers.gmacs)
-        shown.append([arm(row.arm), Value(where), number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)])
+        shown.append([arm(row.arm), _count_conditions(row), number(row.attention_macs, numbers.gmacs), closed, difference, Value(left_out)])
+    return Table(columns, shown)
+
+
+def counters_table(rows: Iterable[CountRow]) -> Table:
+    """Torch's counter beside fvcore's rules, and the operators that lead from one to the other."""
+    columns = [Column("Arm"), Column("Conditions"), Column("torch GMACs", "right"), Column("fvcore GMACs", "right")]
+    columns += [Column("Only fvcore counts"), Column("Only torch counts")]
+    shown = []
+    for row in rows:
+        if row.by_fvcore is None:
+            continue
+        apart = [_operators(row.by_fvcore.added), _operators(row.by_fvcore.dropped)]
+        totals = [number(row.macs, numbers.gmacs), number(row.by_fvcore.macs, numbers.gmacs)]
+        shown.append([arm(row.arm), _count_conditions(row), *totals, *apart])
     return Table(columns, shown)
 
 
@@ -273,6 +285,16 @@ def _where(name: str, params: Mapping[str, object]) -> Value:
 def arm(name: str) -> Value:
     """Name of an arm."""
     return Value(Code(name), sort=name)
+
+
+def _count_conditions(row: CountRow) -> Value:
+    names = ("scope", "model", "image_size", "pixels", "queries", "width", "batch")
+    return Value(numbers.conditions({name: row.cell.params[name] for name in names if name in row.cell.params}))
+
+
+def _operators(macs: Mapping[str, int]) -> Value:
+    """Operators with their multiply-adds in 1e9."""
+    return Value(", ".join(f"{name} {numbers.gmacs(count)}" for name, count in sorted(macs.items())) or "nothing")
 
 
 def _area(size: object) -> float:

@@ -202,3 +202,42 @@ def test_report_check_tells_a_report_that_was_edited(cli, small_study: Path, tmp
     assert checked.returncode == 1
     assert "report.md" in checked.stdout
     assert json.loads((folder / "summary.json").read_text())
+
+
+PANOPTIC = """
+[study]
+name = "segments"
+title = "Segments"
+question = "Does one model give all results?"
+measures = ["accuracy"]
+baselines = ["masked_fused"]
+
+[fixed]
+scope = "end_to_end"
+model = "mask2former_tiny"
+dataset = "scenes"
+task = "panoptic"
+object_threshold = 0.1
+overlap_threshold = 0.5
+image_size = "64x64"
+batch = 2
+steps = 4
+points = 64
+train_images = 4
+test_images = 2
+
+[axes]
+arm = ["masked_fused", "none"]
+seed = [0]
+"""
+
+
+def test_a_panoptic_study_ends_with_all_metrics_and_an_overlay(cli, tmp_path: Path):
+    study = tmp_path / "segments.toml"
+    study.write_text(PANOPTIC)
+    ended = cli("run", study, "--out", tmp_path / "run")
+    assert ended.returncode == 0, ended.stderr
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| Arm | PQ" in report
+    assert "PQ things | PQ stuff | AP | mIoU" in report
+    assert (tmp_path / "run" / "figures" / "overlay-scenes-1.png").is_file()

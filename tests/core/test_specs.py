@@ -111,6 +111,8 @@ def test_lock_file_gives_the_same_cells_back(study_file: Path, tmp_path: Path):
         ('["macs"]', '["mac"]', ["'mac'", "did you mean 'macs'"]),
         ("queries = 10", "querys = 10", ["'querys'", "did you mean 'queries'"]),
         ("queries = 10", 'queries = "ten"', ["'queries'", "int", "'ten'"]),
+        ("queries = 10", 'queries = 10\ntask = "panoptik"', ["'panoptik'", "did you mean 'panoptic'"]),
+        ("queries = 10", "queries = 10\nobject_threshold = 1.5", ["'object_threshold'", "0..1", "1.5"]),
         ("queries = 10", "queries = true", ["'queries'", "int", "True"]),
         ('scope = "attention"', 'scope = "atention"', ["'atention'", "did you mean 'attention'"]),
         ('"8x8"]', '"8by8"]', ["'8by8'", "HEIGHTxWIDTH"]),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emca_bench.data import IGNORE, open_dataset
+from emca_bench.data import IGNORE, find_dataset_folder, open_dataset
 from emca_bench.data.ade20k import ade20k_folder, ade20k_panoptic_folder
 from emca_bench.errors import UsageError
 
@@ -93,7 +93,7 @@ def test_panoptic_files_of_mask2formers_scripts(root: Path):
 @pytest.mark.datasets
 @pytest.mark.skipif(not os.environ.get("EMCA_DATASETS"), reason="EMCA_DATASETS is not set")
 def test_real_ade20k():
-    folder = Path(os.environ["EMCA_DATASETS"].split(os.pathsep)[0]) / "ade20k_sample"
+    folder = find_dataset_folder("ade20k_sample", None)
     val = ade20k_folder(folder, "val")
     assert [sample.name for sample in val] == ["ADE_val_00000001", "ADE_val_00000002", "ADE_val_00000003"]
     assert val.classes[0].name == "wall"

@@ -106,7 +106,8 @@ def test_another_layout_needs_a_class_table_alone(tmp_path: Path) -> None:
 
 
 def test_unset_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EMCA_DATASETS", raising=False)
+    for variable in ("EMCA_DATASETS", "DETECTRON2_DATASETS"):
+        monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UsageError, match="dataset 'camvid' needs a place: EMCA_DATASETS is not set"):
         open_dataset("camvid", "train")
 

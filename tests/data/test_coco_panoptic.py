@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emca_bench.data import IGNORE, ClassInfo, CocoPanoptic, open_dataset
+from emca_bench.data import IGNORE, ClassInfo, CocoPanoptic, find_dataset_folder, open_dataset
 from emca_bench.data.coco_panoptic import coco_folder, palette
 from emca_bench.data.targets import panoptic_targets
 from emca_bench.errors import UsageError
@@ -226,7 +226,7 @@ def test_real_facade():
     samples = list(test)
     assert sum(len(sample.segments) for sample in samples) == 1726
     assert sum(segment.thing for sample in samples for segment in sample.segments) == 1555
-    folder = Path(os.environ["EMCA_DATASETS"].split(os.pathsep)[0]) / "facade" / "annotations" / "test"
+    folder = find_dataset_folder("facade", None) / "annotations" / "test"
     for sample in samples[:5]:
         assert (sample.semantic == np.array(Image.open(folder / f"{sample.name}.png"))).all()
 
@@ -234,8 +234,7 @@ def test_real_facade():
 @pytest.mark.datasets
 @REAL
 def test_real_coco():
-    folder = Path(os.environ["EMCA_DATASETS"].split(os.pathsep)[0]) / "coco_sample"
-    dataset = coco_folder(folder, "val")
+    dataset = coco_folder(find_dataset_folder("coco_sample", None), "val")
     samples = list(dataset)
     assert len(dataset.classes) == 133
     assert sum(info.thing for info in dataset.classes) == 80

@@ -32,6 +32,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from emca_bench.data.ade20k import STUFF  # noqa: E402
 from emca_bench.integrations.detectron2 import add_emca_config, config_file  # noqa: E402
 from emca_bench.integrations.detectron2.compat import read_labels  # noqa: E402
 from emca_bench.integrations.detectron2.mappers import read_panoptic  # noqa: E402
@@ -192,14 +193,14 @@ def cityscapes() -> Path:
 @pytest.fixture(scope="session")
 def ade20k() -> Path:
     """Two images for training and two for validation in ADE20K's layout as Mask2Former prepares it."""
-    from emca_bench.integrations.detectron2.datasets import ADE20K_STUFF
-
+    stuff = [number - 1 for number in sorted(STUFF)]
+    things = [index for index in range(150) if index not in stuff]
     rng = np.random.default_rng()
     root = ROOT / "ADEChallengeData2016"
     for split, folder in (("train", "training"), ("val", "validation")):
         images, annotations = [], []
         for index in range(2):
-            scene = draw_scene(rng, sorted(ADE20K_STUFF), [i for i in range(150) if i not in ADE20K_STUFF], size=(64, 96))
+            scene = draw_scene(rng, stuff, things, size=(64, 96))
             name = f"ADE_{split}_{index:08d}"
             save(root / "images" / folder / f"{name}.jpg", scene.image)
             save(root / "annotations_detectron2" / folder / f"{name}.png", scene.classes)
@@ -207,7 +208,7 @@ def ade20k() -> Path:
             save_ids(root / f"ade20k_panoptic_{split}" / f"{name}.png", scene.numbers)
             images.append({"id": name, "file_name": f"{name}.jpg", "height": 64, "width": 96})
             annotations.append({"image_id": name, "file_name": f"{name}.png", "segments_info": infos})
-        categories = [{"id": i, "name": str(i), "isthing": int(i not in ADE20K_STUFF)} for i in range(150)]
+        categories = [{"id": i, "name": str(i), "isthing": int(i in things)} for i in range(150)]
         save_coco_panoptic(root / f"ade20k_panoptic_{split}", images, annotations, categories)
     return root
 

@@ -122,7 +122,7 @@ def test_masks_may_be_tensors_and_smaller_than_the_padded_batch(tiny: Callable[.
     assert torch.equal(same, model._truth({"instances": truth}, (96, 96)).masks)
     assert same.shape == (2, 96, 96)
     assert not same[:, 40:].any()
-    with pytest.raises(UsageError, match="'a.png' has no 'instances'"):
+    with pytest.raises(UsageError, match=r"'a\.png' has no 'instances'"):
         model([{"image": image(64, 64), "file_name": "a.png"}])
 
 
@@ -217,12 +217,12 @@ def test_swin_backbone(tiny: Callable[..., CfgNode]):
     assert "backbone.layers.0.blocks.0.attn.relative_position_bias_table" in model.state_dict()
     with torch.no_grad():
         assert model([{"image": image(60, 70)}])[0]["sem_seg"].shape == (150, 60, 70)
-    with pytest.raises(UsageError, match="MODEL.SWIN.APE is True; implemented: False"):
+    with pytest.raises(UsageError, match=r"MODEL\.SWIN\.APE is True; implemented: False"):
         build_model(tiny(SEMANTIC, options | {"MODEL.SWIN.APE": True}))
 
 
 def test_panoptic_results_need_to_know_things_from_stuff(tiny: Callable[..., CfgNode]):
-    with pytest.raises(UsageError, match="needs a panoptic dataset as DATASETS.TRAIN"):
+    with pytest.raises(UsageError, match=r"needs a panoptic dataset as DATASETS\.TRAIN"):
         build_model(tiny(SEMANTIC, {"MODEL.MASK_FORMER.TEST.PANOPTIC_ON": True}))
 
 

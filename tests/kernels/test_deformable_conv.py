@@ -72,6 +72,15 @@ def test_float32_stays_near_float64() -> None:
     np.testing.assert_allclose(convolved.numpy(), oracle(*inputs, **GEOMETRIES[0]), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_its_pixels_on_a_large_map(dtype: torch.dtype) -> None:
+    features, weight = torch.randn(1, 4, 3, 700), torch.randn(2, 4, 3, 3)
+    offsets, masks = torch.zeros(1, 18, 3, 700), torch.ones(1, 9, 3, 700)
+    convolved = deformable_conv(*(tensor.to(dtype) for tensor in (features, offsets, masks, weight)), padding=1)
+    assert convolved.dtype == dtype
+    torch.testing.assert_close(convolved, F.conv2d(features.to(dtype), weight.to(dtype), padding=1), rtol=0.02, atol=0.1)
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_without_offsets_and_with_masks_of_one_it_is_a_convolution(geometry: dict[str, int]) -> None:
     features, offsets, masks, weight = make_inputs(geometry)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from emca_bench.data import open_dataset
-from emca_bench.measure.accuracy import measure_accuracy
+from emca_bench.errors import UsageError
+from emca_bench.measure import accuracy, evaluation
+from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.evaluation import shown_indices
 from emca_bench.models.matcher import DivergedError
 from emca_bench.specs import Arm
@@ -27,7 +32,7 @@ PARAMS = {
 }
 
 
-def measure(folder: Path, attention: str = "emca", **changes: object) -> dict[str, dict[str, object]]:
+def measure(folder: Path, attention: str = "emca", **changes: object) -> dict[str, dict[str, Any]]:
     arm = Arm(name=attention, attention=attention)
     return measure_accuracy(arm, {**PARAMS, **changes}, key="cell", artifacts=folder, on_progress=lambda done, total, text: None)
 
@@ -73,3 +78,98 @@ def test_divergence_is_said(tmp_path: Path):
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
 def test_shown_images_are_spread_over_the_split(count: int, expected: list[int]):
     assert shown_indices(count) == expected
+
+
+PANOPTIC = {"task": "panoptic", "object_threshold": 0.1, "overlap_threshold": 0.3}
+
+
+def test_one_model_gives_all_three_results_without_a_change_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, dict[str, torch.Tensor]]] = []
+    original = evaluation.Evaluation.add
+
+    def noting(self, sample, predictions):
+        results = original(self, sample, predictions)
+        assert results.panoptic is not None
+        assert results.instances is not None
+        return results
+
+    monkeypatch.setattr(evaluation.Evaluation, "add", noting)
+
+    def watched(model, test, scores, **options):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        evaluation.evaluate(model, test, scores, **options)
+        seen.append((len(test), {name: value for name, value in model.state_dict().items() if not torch.equal(value, before[name])}))
+
+    monkeypatch.setattr(accuracy, "evaluate", watched)
+    values = measure(tmp_path, **PANOPTIC, steps=30, train_images=2)["values"]
+    assert seen == [(3, {})]
+    for name in ("miou", "pq", "sq", "rq", "pq_things", "pq_stuff", "ap", "ap50", "ap75", "ap_small"):
+        assert values[name] is None or 0 <= values[name] <= 100
+    classes = open_dataset("scenes", "test").classes
+    assert set(values["class_pq"]) == set(values["class_ap"]) == {info.name for info in classes}
+    assert all(values["class_ap"][info.name] is None for info in classes if not info.thing)
+    found = [value for value in values["class_pq"].values() if value is not None]
+    assert values["pq"] == pytest.approx(np.mean(found))
+
+
+def test_kept_segments_are_those_of_truth_and_results(tmp_path: Path):
+    measure(tmp_path, **PANOPTIC, steps=30, train_images=2)
+    test = open_dataset("scenes", "test")
+    for number, index in enumerate(shown_indices(3)):
+        sample = test[index]
+        truth = np.asarray(Image.open(tmp_path / "scenes" / f"{number:02}" / "truth_panoptic.png")).astype(int)
+        assert (truth[..., 0] == sample.semantic).all()
+        assert len(np.unique(truth[..., 1] + 256 * truth[..., 2])) == len(np.unique(sample.panoptic))
+        for kind in ("panoptic", "instances"):
+            pixels = np.asarray(Image.open(tmp_path / "predictions" / "cell" / f"{number:02}_{kind}.png")).astype(int)
+            assert pixels.shape == (*sample.size, 3)
+            assert ((pixels[..., 0] == 255) == (pixels[..., 1] + pixels[..., 2] == 0)).all()
+
+
+def test_the_thresholds_are_those_of_the_cell(tmp_path: Path):
+    strict, lenient = (measure(tmp_path, **{**PANOPTIC, "object_threshold": threshold})["values"] for threshold in (1.0, 0.0))
+    # nothing passes 1, so every thing and every stuff of the truth is missed
+    assert strict["pq"] == 0
+    assert strict["sq"] == 0
+    assert (strict["miou"], strict["ap"]) == (lenient["miou"], lenient["ap"])
+    assert lenient["pq"] >= 0
+
+
+def test_semantic_records_have_nothing_of_the_other_task(tmp_path: Path):
+    values = measure(tmp_path)["values"]
+    assert not [name for name in values if name.startswith(("pq", "sq", "rq", "ap", "class_pq", "class_ap"))]
+    assert not list(tmp_path.rglob("*_panoptic.png"))
+
+
+def test_data_that_a_cell_cannot_use_is_named(tmp_path: Path):
+    check_data({**PARAMS, **PANOPTIC})
+    with pytest.raises(UsageError, match="unknown split 'testing' of dataset 'scenes'"):
+        check_data({**PARAMS, "test_split": "testing"})
+    for split in ("train", "test"):
+        for kind in ("images", "annotations"):
+            (tmp_path / "camvid" / kind / split).mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(tmp_path / "camvid" / "images" / split / "a.jpg")
+        Image.new("L", (8, 6)).save(tmp_path / "camvid" / "annotations" / split / "a.png")
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("EMCA_DATASETS", str(tmp_path))
+        check_data({**PARAMS, "dataset": "camvid"})
+        with pytest.raises(UsageError, match="dataset 'camvid' has semantic labels only; expected panoptic labels for the task 'panoptic'"):
+            check_data({**PARAMS, **PANOPTIC, "dataset": "camvid"})
+
+
+def test_another_split_is_evaluated_on_request(tmp_path: Path):
+    measure(tmp_path, test_split="val", steps=1)
+    kept = np.asarray(Image.open(tmp_path / "scenes" / "00" / "image.png"))
+    assert (kept == open_dataset("scenes", "val")[0].image).all()
+
+
+@pytest.mark.datasets
+@pytest.mark.skipif(not os.environ.get("EMCA_DATASETS"), reason="EMCA_DATASETS is not set")
+def test_one_model_on_real_facades(tmp_path: Path):
+    sizes = {"image_size": "128x128", "steps": 40, "batch": 2, "train_images": 8, "test_images": 4}
+    values = measure(tmp_path, "masked_fused", **{**PANOPTIC, **sizes}, dataset="facade", queries=64)["values"]
+    assert values["test_images"] == 4
+    assert values["miou"] > 0
+    assert values["pq"] is not None
+    assert values["ap"] is not None
+    assert len(list((tmp_path / "predictions" / "cell").glob("*_instances.png"))) == 4

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emca_bench.measure.flops import count_macs
 from emca_bench.measure.subjects import Subject, build_subject
 from emca_bench.models import Predictions
-from emca_bench.specs import Arm
+from emca_bench.specs import Arm, Expected, find_study, load_studies
 
 QUERIES, WIDTH = 100, 256
 
@@ -121,3 +121,30 @@ def test_the_two_counters_are_the_ends_of_the_published_figures(
     assert low == pytest.approx(counted, rel=1e-3)
     assert high == pytest.approx(by_the_rules, rel=1e-3)
     assert published[0] <= low < high <= published[1]
+
+
+def test_the_breakdown_of_mask2former_r50_by_both_counters() -> None:
+    """fvcore's column is what it says of the original code at 512x512, in 1e9: 21.5, 36.8 and 2.65 of cross-attention."""
+    params = {"scope": "model", "model": "mask2former_r50", "image_size": "512x512", "classes": 150, "batch": 1}
+    counted = count_macs(Arm(name="masked", attention="masked"), params)
+    wanted = {"backbone": (21.35, 21.47), "pixel_decoder": (36.27, 36.81), "cross_attention": (3.058, 2.645)}
+    wanted |= {"self_attention": (0.2820, 0.2371), "ffn": (0.9437, 0.9449), "mask_heads": (4.430, 4.438)}
+    for component, (torch_s, fvcore_s) in wanted.items():
+        assert counted["components"][component] / 1e9 == pytest.approx(torch_s, rel=1e-3), component
+        assert counted["fvcore"]["components"][component] / 1e9 == pytest.approx(fvcore_s, rel=1e-3), component
+    assert wanted.keys() == counted["components"].keys() == counted["fvcore"]["components"].keys()
+
+
+PUBLISHED = [claim for study in load_studies(find_study("published")) for claim in study.expected]
+
+
+@pytest.mark.parametrize("claim", [claim for claim in PUBLISHED if claim.arm.startswith("pem")], ids=lambda claim: claim.arm)
+def test_pem_has_the_published_arithmetic_but_for_one_table(claim: Expected) -> None:
+    """The 46.9 G of ADE20K semantic segmentation belong to images of 640x640; those of its test size take 26 % less."""
+    (study,) = load_studies(find_study("published"))
+    (cell,) = [cell for cell in study.cells() if cell.arm.name == claim.arm]
+    found = count_macs(cell.arm, cell.params)["fvcore"]["macs"] / 1e9
+    if claim.arm == "pem_ade_semantic":
+        assert found == pytest.approx(0.74 * claim.value, rel=0.01)
+    else:
+        assert found == pytest.approx(claim.value, rel=claim.tolerance)

@@ -204,3 +204,24 @@ def test_half_precision_predictions_are_compared_in_float32(dtype: torch.dtype) 
     losses = Criterion(classes=CLASSES, points=POINTS)(half, [truth])
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     Criterion(classes=CLASSES, points=POINTS).total(losses).backward()
+
+
+def test_sums_over_masks_are_divided_by_true_segments_matched_or_not():
+    """The published rule; it matters where an image has more segments than there are queries."""
+    predictions, (truth,) = make_predictions(1), make_truths([2 * QUERIES])
+    loss = Criterion(classes=CLASSES, points=POINTS)
+    matches = [Match(torch.arange(QUERIES), torch.arange(QUERIES))]
+    torch.manual_seed(0)
+    per_pair = loss._mask_losses(predictions, [truth], matches, float(QUERIES))
+    torch.manual_seed(0)
+    found = loss._mask_losses(predictions, [truth], matches, criterion._segments_per_process([truth], torch.device("cpu")))
+    for name in found:
+        assert 2 * found[name].item() == pytest.approx(per_pair[name].item())
+
+
+@pytest.mark.parametrize(("own", "others", "expected"), [(5, 3, 4.0), (0, 1, 1.0), (0, 0, 1.0)])
+def test_segments_are_averaged_over_processes(own: int, others: int, expected: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(criterion.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(criterion.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(criterion.dist, "all_reduce", lambda total: total.add_(others))
+    assert criterion._segments_per_process(make_truths([own]), torch.device("cpu")) == expected

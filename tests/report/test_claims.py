@@ -146,3 +146,39 @@ def test_a_failed_arm_is_not_run_with_its_reason(make_run, synthetic):
 def test_every_baseline_of_a_claim_gets_a_row(full_run):
     rows = [row for row in claims(load_run(full_run)) if row.study.name == "attention"]
     assert [row.against for row in rows] == ["masked", "masked_fused"]
+
+
+@pytest.fixture
+def counted(make_run, synthetic):
+    """The single claim row of a study of counts whose masked arm has 70.58e9 multiply-adds by fvcore's rules, or none."""
+
+    def judge(value, *, recorded=True):
+        expected = Expected(claim="c", metric="gmacs", value=value, tolerance=0.02, arm="masked", source="s")
+        study = replace(synthetic.flops_study(), expected=(expected,), axes={"model": ("mask2former_r50",), "image_size": ("512x512",)})
+
+        def change(record):
+            found = {"macs": 70_580_000_000, "components": {}, "added": {}, "dropped": {}}
+            return replace(record, values={**record.values, "fvcore": found}) if recorded else record
+
+        (row,) = claims(load_run(make_run([study], artifacts=False, change=change)))
+        return row
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "side"), [(71, "reproduced", "Within"), (103, "differs", "Below"), (46.9, "differs", "Above")]
+)
+def test_multiply_adds_are_judged_as_papers_count_them(counted, value, verdict, side):
+    row = counted(value)
+    assert row.verdict == verdict
+    assert row.reason.startswith(f"{side} the tolerated ")
+    assert row.published == f"{value:g} GMACs"
+    assert row.measured == "70.6 GMACs"
+    assert row.estimate == row.low == row.high == pytest.approx(70.58)
+
+
+def test_multiply_adds_without_a_count_by_fvcore_are_not_run(counted):
+    row = counted(71, recorded=False)
+    assert row.verdict == "not run"
+    assert row.reason == "The run has no count by fvcore's rules."

@@ -303,3 +303,24 @@ def test_an_unwritable_target_is_a_usage_error(make_run, synthetic, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         render(make_run([synthetic.flops_study()]), tmp_path / "taken")
+
+
+def test_both_counters_stand_side_by_side_where_both_were_recorded(make_run, synthetic):
+    def change(record):
+        if record.measure != "macs" or record.arm != "masked":
+            return record
+        rules = {"macs": record.values["macs"] + 5_000_000, "components": {}, "added": {"native_layer_norm": 15_000_000}}
+        return replace(record, values={**record.values, "fvcore": {**rules, "dropped": {"baddbmm": 10_000_000}}})
+
+    folder = make_run([synthetic.flops_study()], change=change)
+    text = render(folder).markdown_path.read_text()
+    rows = table_after(text, "Beside fvcore")[2:]
+    assert {row[0] for row in rows} == {"`masked`"}
+    assert {tuple(row[4:]) for row in rows} == {("native_layer_norm 0.0150", "baddbmm 0.0100")}
+    counts = json.loads((folder / "summary.json").read_text())["counts"]
+    assert {"fvcore_macs" in entry for entry in counts if entry["arm"] == "masked"} == {True}
+    assert not any("fvcore_macs" in entry for entry in counts if entry["arm"] != "masked")
+
+
+def test_without_fvcore_s_count_there_is_no_table_of_it(make_run, synthetic):
+    assert "fvcore" not in render(make_run([synthetic.flops_study()])).markdown_path.read_text()

@@ -8,5 +8,5 @@ try:
     import detectron2.modeling  # noqa: F401
 except ImportError as error:
     raise UsageError(
-        f"detectron2 is needed ({error}). PyPI has none under that name: run scripts/install_detectron2.sh of this project, see docs/detectron2.md"
+        f"detectron2 is needed ({error}). PyPI has none under that name: run scripts/install_detectron2.sh, see docs/detectron2.md"
     ) from error

@@ -25,4 +25,4 @@ def read_labels(file_name: str, copy: bool = False, dtype: npt.DTypeLike | None 
 def provide_in1d() -> None:
     """`numpy.in1d`, gone in NumPy 2.4, for cityscapesscripts; does nothing where it is there."""
     if not hasattr(np, "in1d"):
-        np.in1d = np.isin
+        vars(np)["in1d"] = np.isin

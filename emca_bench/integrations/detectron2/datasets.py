@@ -11,15 +11,9 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 
+from emca_bench.data.ade20k import STUFF
 from emca_bench.data.base import IGNORE
 from emca_bench.errors import UsageError
-
-# 0-based; the other 100 classes of SceneParse150 are things (Mask2Former, datasets/README.md)
-ADE20K_STUFF = frozenset(
-    number - 1
-    for number in (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61, 62, 64, 69, 78, 80)
-    + (85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132, 141, 142, 146)
-)
 
 
 def register_coco_panoptic_folder(
@@ -64,7 +58,7 @@ def register_ade20k_panoptic(root: str | Path) -> None:
     """
     folder = Path(root) / "ADEChallengeData2016"
     categories = [
-        {"id": index, "name": name, "isthing": int(index not in ADE20K_STUFF)} for index, name in enumerate(ADE20K_SEM_SEG_CATEGORIES)
+        {"id": index, "name": name, "isthing": int(index + 1 not in STUFF)} for index, name in enumerate(ADE20K_SEM_SEG_CATEGORIES)
     ]
     for split, images in (("train", "training"), ("val", "validation")):
         name = f"ade20k_panoptic_{split}"

@@ -71,7 +71,8 @@ def write_instances_json(dataset_name: str, path: str) -> None:
     """COCO's instance annotation with one instance per thing segment of a panoptic dataset; masks do not overlap."""
     metadata = MetadataCatalog.get(dataset_name)
     category = {class_: id_ for id_, class_ in metadata.thing_dataset_id_to_contiguous_id.items()}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for record in DatasetCatalog.get(dataset_name):
         ids = join_planes(detection_utils.read_image(record["pan_seg_file_name"], "RGB"))
         images.append({"id": record["image_id"], "height": ids.shape[0], "width": ids.shape[1]})

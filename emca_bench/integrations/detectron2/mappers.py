@@ -40,18 +40,27 @@ class LabelMap:
 
 def read_semantic(record: Mapping[str, Any], ignore: int) -> LabelMap:
     """One segment per class present, from `sem_seg_file_name`."""
-    ids = detection_utils.read_image(record["sem_seg_file_name"]).astype(np.int64)
+    ids = detection_utils.read_image(needed(record, "sem_seg_file_name")).astype(np.int64)
     return LabelMap(ids, {int(label): int(label) for label in np.unique(ids) if label != ignore})
 
 
 def read_panoptic(record: Mapping[str, Any], ignore: int) -> LabelMap:
     """The segments of `pan_seg_file_name` and `segments_info`; crowds are void."""
-    ids = join_planes(detection_utils.read_image(record["pan_seg_file_name"], "RGB"))
+    ids = join_planes(detection_utils.read_image(needed(record, "pan_seg_file_name"), "RGB"))
     return LabelMap(ids, {info["id"]: info["category_id"] for info in record["segments_info"] if not info.get("iscrowd", 0)})
 
 
+def needed(record: Mapping[str, Any], key: str) -> Any:
+    """An entry of a record, or a UsageError that says what the mapper cannot do without it."""
+    if key not in record:
+        raise UsageError(
+            f"{record['file_name']!r} has no {key!r} in its data set's records; INPUT.DATASET_MAPPER_NAME asks for another kind of data set"
+        )
+    return record[key]
+
+
 def split_planes(ids: Ids) -> npt.NDArray[np.uint8]:
-    """Ids below 2**24 as an image [H, W, 3]: Pillow resizes bytes by true nearest neighbours, other types are resized off by half a pixel."""
+    """Ids below 2**24 as an image [H, W, 3]: Pillow resizes bytes by true nearest neighbours, others are resized off by half a pixel."""
     return np.stack([ids & 0xFF, ids >> 8 & 0xFF, ids >> 16 & 0xFF], -1).astype(np.uint8)
 
 
@@ -70,6 +79,7 @@ class MaskFormerMapper:
         image_format: "RGB" or what the backbone wants.
         size_divisibility: sides are padded to multiples of this, the image with mid-grey, masks with nothing; below 1 not.
         ignore: label of ignored pixels.
+        classes: of the model; truth of others is refused.
         constrained: whether an augmentation looks at the classes.
     """
 
@@ -81,13 +91,19 @@ class MaskFormerMapper:
         image_format: str,
         size_divisibility: int,
         ignore: int,
+        classes: int,
         constrained: bool,
     ) -> None:
         self.read, self.augmentations, self.image_format = read, T.AugmentationList(list(augmentations)), image_format
-        self.size_divisibility, self.ignore, self.constrained = size_divisibility, ignore, constrained
+        self.size_divisibility, self.ignore = size_divisibility, ignore
+        self.classes, self.constrained = classes, constrained
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Read, augment, pad."""
+        """Read, augment, pad.
+
+        Raises:
+            UsageError: a record without the truth that is read, labels of another size than the image, or a class out of range.
+        """
         record = copy.deepcopy(dataset_dict)
         image = detection_utils.read_image(record["file_name"], format=self.image_format)
         detection_utils.check_image_size(record, image)
@@ -102,7 +118,12 @@ class MaskFormerMapper:
         if truth is not None:
             labels, masks = _masks_of_map(truth, transforms)
         else:
-            labels, masks = _masks_of_annotations(record.pop("annotations"), transforms, size)
+            labels, masks = _masks_of_annotations(needed(record, "annotations"), transforms, size)
+            del record["annotations"]
+        # on a GPU a class out of range ends in an assertion without a name
+        if len(labels) and int(labels.max()) >= self.classes:
+            found = f"{record['file_name']!r} has class {int(labels.max())}"
+            raise UsageError(f"{found}; expected 0..{self.classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES), {self.ignore} where ignored")
         bottom, right = (-side % self.size_divisibility if self.size_divisibility > 0 else 0 for side in size)
         pixels = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         record["image"] = F.pad(pixels, (0, right, 0, bottom), value=IMAGE_PADDING)
@@ -163,6 +184,7 @@ def build_mapper(cfg: CfgNode) -> MaskFormerMapper:
         image_format=cfg.INPUT.FORMAT,
         size_divisibility=-1 if large_scale_jitter else cfg.INPUT.SIZE_DIVISIBILITY,
         ignore=ignore,
+        classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         constrained=not large_scale_jitter and cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA < 1,
     )
 

@@ -226,7 +226,7 @@ def results_from_config(cfg: CfgNode) -> Results:
     known = None if dataset is None else MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id")
     if known is None and test.PANOPTIC_ON:
         raise UsageError(
-            f"MODEL.MASK_FORMER.TEST.PANOPTIC_ON needs a panoptic dataset as DATASETS.TRAIN[0], to know things from stuff; found {dataset!r}"
+            f"MODEL.MASK_FORMER.TEST.PANOPTIC_ON needs a panoptic dataset as DATASETS.TRAIN[0], which knows the things; found {dataset!r}"
         )
     things = set(range(classes)) if known is None else set(known.values())
     return Results(
