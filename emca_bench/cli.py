@@ -182,7 +182,7 @@ def _check_names(study: Study) -> None:
 
     checked = set()
     for cell in study.cells():
-        names = (cell.arm.name, cell.params.get("model"), cell.params["scope"])
+        names = (cell.arm.name, *(cell.params.get(name) for name in ("model", "scope", "op", "pass")))
         if names not in checked:
             checked.add(names)
             check_arm(cell.arm, cell.params)

@@ -155,7 +155,8 @@ def _one_per_name(tasks: Sequence[Task]) -> Iterator[Task]:
     seen = set()
     for task in tasks:
         params = task.cell.params
-        names = canonical_json([asdict(task.cell.arm), task.study.name, params.get("model"), params.get("dataset"), params.get("scope")])
+        chosen = [params.get(name) for name in ("model", "dataset", "scope", "op", "pass")]
+        names = canonical_json([asdict(task.cell.arm), task.study.name, *chosen])
         if names not in seen:
             seen.add(names)
             yield task

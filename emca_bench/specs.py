@@ -21,12 +21,21 @@ from emca_bench.errors import UsageError, did_you_mean, listing
 SCHEMA = 1
 """Version of the record and key format; records of another schema are never mixed in."""
 
-SCOPES = ("attention", "decoder", "model", "end_to_end")
-"""attention: one cross-attention call. decoder: mask decoder on given features. model: images to predictions.
-end_to_end: images to label maps."""
+SCOPES = ("kernel", "attention", "decoder", "model", "end_to_end")
+"""kernel: one call of an operator, or of a ceiling. attention: one cross-attention call. decoder: mask decoder on given features.
+model: images to predictions. end_to_end: images to label maps."""
 
 TASKS = ("semantic", "panoptic")
 """semantic: one mask per class; mIoU. panoptic: one mask per segment; PQ, and AP and mIoU of the same model."""
+
+PASSES = ("forward", "forward_backward")
+"""forward: results alone. forward_backward: and the gradients, as a training step needs them."""
+
+MASKS = ("none", "bool")
+"""Kinds of mask of an operator: none allows everything; bool [B, Q, P], true for a random share `allowed`."""
+
+CEILINGS = ("burst", "matmul", "copy", "read")
+"""Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""
 
 MEASURES = ("macs", "latency", "memory", "accuracy")
 
@@ -39,8 +48,11 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "batch": (int, "images per call; with measure accuracy: per training step"),
     "queries": (int, "object queries Q"),
     "width": (int, "model width C"),
-    "pixels": (str, "size of the feature level as HxW (scope attention)"),
-    "allowed": (float, "share of pixels that a query's mask allows (scope attention)"),
+    "pixels": (str, "size of the feature level as HxW (scopes kernel and attention)"),
+    "allowed": (float, "share of pixels that a query's mask allows (scopes kernel and attention)"),
+    "op": (str, f"operator of `emca_kernels`, scores (the matrix alone), or a ceiling: {', '.join(CEILINGS)} (scope kernel)"),
+    "mask": (str, f"kind of the mask, none by default: {', '.join(MASKS)} (scope kernel)"),
+    "pass": (str, f"what a call does, forward by default: {', '.join(PASSES)} (scopes kernel and attention)"),
     "model": (str, "name in the model registry"),
     "image_size": (str, "HxW of the input images; with measure accuracy: of the training crops"),
     "classes": (int, "classes of the model, without the no-object class"),
@@ -62,7 +74,11 @@ PARAMETERS: dict[str, tuple[type, str]] = {
 }
 """Everything a study may set beside its arms: type and meaning."""
 
+CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS}
+"""Values of the parameters that are one of a few words."""
+
 REQUIRED = {
+    "kernel": ("op", "pixels", "queries", "width", "batch"),
     "attention": ("pixels", "queries", "width", "batch"),
     "model": ("model", "image_size", "classes", "batch"),
     "accuracy": ("model", "dataset", "steps", "batch", "seed", "image_size"),
@@ -136,6 +152,34 @@ METRICS = ("speedup", "fps", "gmacs", "miou", "miou_difference")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Target:
+    """A bound that the project set itself before measuring, at least or at most, and where in the study its number stands."""
+
+    target: str
+    metric: str
+    """One of TARGET_METRICS."""
+    arm: str
+    against: tuple[str, ...] = ()
+    """Rivals or ceilings; one row each. A rival that overrides an axis stands for all points along it."""
+    at_least: float | None = None
+    at_most: float | None = None
+    where: Mapping[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None):
+            raise UsageError(f"a target needs either at_least or at_most; found {self.at_least} and {self.at_most}")
+        if bool(self.against) != TARGET_METRICS[self.metric]:
+            needs = "arms to stand against" if TARGET_METRICS[self.metric] else "no 'against'"
+            raise UsageError(f"metric {self.metric!r} needs {needs}; found {listing(self.against) or 'none'}")
+
+
+TARGET_METRICS = {"speedup": True, "rate_share": True, "overhead_us": True, "extra_memory": False}
+"""Whether a metric compares arms. speedup: latency of the other over the arm's. rate_share: FLOP/s of the arm over the other's.
+overhead_us: latency of the arm minus the other's, in microseconds. extra_memory: peak of a training step beyond inputs, parameters and
+the gradients of features and parameters, in matrices of queries (Q x C elements)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One configuration to measure: an arm at one point of the axes."""
 
@@ -159,7 +203,7 @@ class Cell:
 
     def label(self) -> str:
         """One line for progress and errors."""
-        shown = ("scope", "model", "pixels", "image_size", "dataset", "seed")
+        shown = ("scope", "op", "model", "pixels", "pass", "image_size", "dataset", "seed")
         return " ".join([self.arm.name, *(f"{name}={self.params[name]}" for name in shown if name in self.params)])
 
 
@@ -177,6 +221,7 @@ class Study:
     fixed: Mapping[str, Value]
     settings: Settings
     expected: tuple[Expected, ...] = ()
+    targets: tuple[Target, ...] = ()
     method: int = 1
     margin: float = 0.5
     """Non-inferiority margin of accuracy in points of mIoU, or of PQ where the task is panoptic, stated before the run."""
@@ -270,7 +315,7 @@ class _Reader:
         self.data = data
 
     def study(self, *, quick: bool) -> Study:
-        _known_keys(self.path, self.data, ("study", "settings", "fixed", "axes", "arms", "quick", "expected"), "table")
+        _known_keys(self.path, self.data, ("study", "settings", "fixed", "axes", "arms", "quick", "expected", "target"), "table")
         head = self._table("study")
         _known_keys(self.path, head, ("name", "title", "question", "measures", "baselines", "method", "margin"), "key of [study]")
         overlay = self._table("quick")
@@ -296,6 +341,7 @@ class _Reader:
             fixed={key: self._value(key, value) for key, value in {**self._table("fixed"), **overlay.get("fixed", {})}.items()},
             settings=self._settings({**self._table("settings"), **overlay.get("settings", {})}),
             expected=tuple(self._expected(entry, arms) for entry in self.data.get("expected", [])),
+            targets=tuple(self._target(entry, arms) for entry in self.data.get("target", [])),
             method=int(head.get("method", 1)),
             margin=float(head.get("margin", 0.5)),
             quick=quick,
@@ -331,8 +377,8 @@ class _Reader:
             raise UsageError(f"{self.path}: parameter {key!r} ({meaning}) must be {kind.__name__}, found {value!r}")
         if key in ("pixels", "image_size"):
             parse_size(str(value), what=f"{self.path}: parameter {key!r}")
-        if key in ("scope", "task"):
-            self._choice(key, value, SCOPES if key == "scope" else TASKS)
+        if key in CHOICES:
+            self._choice(key, value, CHOICES[key])
         if key.endswith("_threshold") and not 0 <= float(value) <= 1:
             raise UsageError(f"{self.path}: parameter {key!r} ({meaning}) must be in 0..1, found {value!r}")
         return value
@@ -375,6 +421,20 @@ class _Reader:
         except (TypeError, ValueError, KeyError) as error:
             raise UsageError(f"{self.path}: [[expected]] {entry.get('claim')!r}: {error}") from None
 
+    def _target(self, entry: dict[str, Any], arms: tuple[Arm, ...]) -> Target:
+        _known_keys(self.path, entry, (item.name for item in fields(Target)), "key of [[target]]")
+        for key in ("target", "metric", "arm"):
+            self._need(entry, key, str, "[[target]]")
+        self._choice("metric", entry["metric"], TARGET_METRICS)
+        for name in (entry["arm"], *entry.get("against", ())):
+            self._choice("arm", name, [arm.name for arm in arms])
+        where = {name: self._value(name, value) for name, value in entry.get("where", {}).items()}
+        try:
+            bounds: dict[str, Any] = {name: float(entry[name]) for name in ("at_least", "at_most") if name in entry}
+            return Target(**{**entry, **bounds, "where": where, "against": tuple(entry.get("against", ()))})
+        except (TypeError, ValueError, UsageError) as error:
+            raise UsageError(f"{self.path}: [[target]] {entry['target']!r}: {error}") from None
+
     def _check(self, study: Study) -> None:
         both = set(study.axes) & set(study.fixed)
         if both:
@@ -384,7 +444,11 @@ class _Reader:
         for baseline in study.baselines:
             self._choice("baseline arm", baseline, [arm.name for arm in study.arms])
         for cell in study.cells():
-            kind = "accuracy" if "accuracy" in study.measures else "attention" if cell.params["scope"] == "attention" else "model"
+            scope = str(cell.params["scope"])
+            kind = "accuracy" if "accuracy" in study.measures else scope if scope in REQUIRED else "model"
+            uncounted = scope == "kernel" or cell.params.get("pass", PASSES[0]) != PASSES[0]
+            if uncounted and {"macs", "accuracy"} & set(study.measures):
+                raise UsageError(f"{self.path}: scope kernel and pass forward_backward take measures latency and memory only")
             for name in REQUIRED[kind]:
                 if name not in cell.params:
                     raise UsageError(f"{self.path}: scope {cell.params['scope']!r} needs parameter {name!r} ({PARAMETERS[name][1]})")
@@ -444,9 +508,12 @@ def _plain(value: Any) -> Any:
 
 
 def _study_from(entry: dict[str, Any]) -> Study:
+    # a lock file from before there were targets has none
+    targets = (Target(**{**target, "against": tuple(target["against"])}) for target in entry.get("targets", ()))
     return Study(
         **{
             **entry,
+            "targets": tuple(targets),
             "measures": tuple(entry["measures"]),
             "baselines": tuple(entry["baselines"]),
             "arms": tuple(Arm(**arm) for arm in entry["arms"]),

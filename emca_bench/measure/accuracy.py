@@ -13,7 +13,8 @@ import torch
 from emca_bench.data import Sample, open_dataset
 from emca_bench.errors import UsageError
 from emca_bench.measure.evaluation import Evaluation, PanopticRules, evaluate, write_shown_images
-from emca_bench.measure.subjects import ImpossibleError, model_overrides
+from emca_bench.measure.inputs import ImpossibleError
+from emca_bench.measure.subjects import model_overrides
 from emca_bench.models import build_model
 from emca_bench.specs import Arm, parse_size
 from emca_bench.train import Recipe, train

@@ -1,4 +1,4 @@
-"""What a cell measures, as something that can be called: one attention, the decoder, the model, or images to label map."""
+"""What a cell measures, as something that can be called: an operator, one attention, the decoder, the model, or images to label map."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from emca_kernels.specs import FORWARD
 from torch import Tensor, nn
 
 from emca_bench.errors import UsageError, did_you_mean, listing
 from emca_bench.inference import semantic
+from emca_bench.measure.inputs import DTYPES, ImpossibleError, Maker
+from emca_bench.measure.kernels import Work, check_kernel, kernel_call, with_backward
 from emca_bench.models import CrossAttention, build_attention, build_model
 from emca_bench.models.mask2former import SIZE_DIVISIBILITY
 from emca_bench.specs import Arm, parse_size
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DECODER_STRIDES = (32, 16, 8)
 
 MODEL_OVERRIDES = ("queries", "width", "layers", "mask_source", "pretrained", "frozen")
 """Parameters of a study that go to `build_model` as they are."""
-
-
-class ImpossibleError(Exception):
-    """This cell cannot be measured here, and that is the answer: no such device, more prototypes than pixels."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,8 @@ class Subject:
         pixels_of_call: pixels of the feature level of each cross-attention call, in order.
         queries: Q.
         batch: images per call.
+        work: least work of a call (scope kernel).
+        kept: of a call that trains, tensors whose gradients stay when it is over: parameters and features.
     """
 
     module: nn.Module
@@ -44,6 +43,8 @@ class Subject:
     pixels_of_call: tuple[int, ...]
     queries: int
     batch: int
+    work: Work | None = None
+    kept: tuple[Tensor, ...] = ()
 
     def cross_attentions(self) -> list[CrossAttention]:
         """The cross-attentions, in the order in which they are called."""
@@ -68,33 +69,16 @@ def build_subject(arm: Arm, params: Mapping[str, Any], *, seed: int, device: str
         raise ImpossibleError("no CUDA device")
     if params.get("dtype", "float32") not in DTYPES:
         raise UsageError(f"unknown dtype {params['dtype']!r}{did_you_mean(params['dtype'], DTYPES)}; known: {listing(DTYPES)}")
-    maker = _Maker(dtype=DTYPES[params.get("dtype", "float32")], device=device or wanted, seed=seed)
+    maker = Maker(dtype=DTYPES[params.get("dtype", "float32")], device=device or wanted, seed=seed)
+    if params["scope"] == "kernel":
+        call, work = kernel_call(arm, params, maker)
+        return Subject(nn.Module(), call, (), 0, int(params["batch"]), work)
     if params["scope"] == "attention":
         return _attention_subject(arm, params, maker)
     return _model_subject(arm, params, maker)
 
 
-@dataclass
-class _Maker:
-    """Makes weights and inputs, seeded, of one dtype on one device."""
-
-    dtype: torch.dtype
-    device: str
-    seed: int
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        if self.device == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-
-    def place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, self.dtype).eval().requires_grad_(False)
-
-
-def _attention_subject(arm: Arm, params: Mapping[str, Any], maker: _Maker) -> Subject:
+def _attention_subject(arm: Arm, params: Mapping[str, Any], maker: Maker) -> Subject:
     shape = parse_size(str(params["pixels"]), what="parameter 'pixels'")
     pixels, batch, queries, width = shape[0] * shape[1], int(params["batch"]), int(params["queries"]), int(params["width"])
     torch.manual_seed(maker.seed)
@@ -103,16 +87,17 @@ def _attention_subject(arm: Arm, params: Mapping[str, Any], maker: _Maker) -> Su
         raise ImpossibleError(f"K={module.prototypes} prototypes from P={pixels} pixels")
     inputs = maker.normal(batch, queries, width), maker.normal(1, queries, width)
     level = maker.normal(batch, pixels, width), maker.normal(1, pixels, width)
-    if maker.device == "meta":
-        allowed = torch.empty(batch, queries, pixels, dtype=torch.bool, device="meta")
-    else:
-        share = float(params.get("allowed", 1.0))
-        allowed = (torch.rand(batch, queries, pixels, generator=maker.generator) < share).to(maker.device)
+    allowed = maker.mask(batch, queries, pixels, share=float(params.get("allowed", 1.0)))
 
     def call() -> Tensor:
         return module(*inputs, *level, allowed, shape=shape)
 
-    return Subject(module, call, (pixels,), queries, batch)
+    if params.get("pass", FORWARD) == FORWARD:
+        return Subject(module, call, (pixels,), queries, batch)
+    module.train().requires_grad_(True)
+    kept = (level[0].requires_grad_(), *module.parameters())
+    trained = with_backward(call, [*kept, inputs[0].requires_grad_()], maker.normal)
+    return Subject(module, trained, (pixels,), queries, batch, kept=kept)
 
 
 def model_overrides(arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +106,7 @@ def model_overrides(arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
     return {**overrides, "attention": arm.attention, "attention_switches": dict(arm.switches)}
 
 
-def _model_subject(arm: Arm, params: Mapping[str, Any], maker: _Maker) -> Subject:
+def _model_subject(arm: Arm, params: Mapping[str, Any], maker: Maker) -> Subject:
     height, width = parse_size(str(params["image_size"]), what="parameter 'image_size'")
     batch = int(params["batch"])
     torch.manual_seed(maker.seed)
@@ -163,7 +148,9 @@ def check_arm(arm: Arm, params: Mapping[str, Any]) -> None:
         UsageError: naming what is wrong.
     """
     with torch.device("meta"):
-        if params["scope"] == "attention":
+        if params["scope"] == "kernel":
+            check_kernel(arm, params)
+        elif params["scope"] == "attention":
             build_attention(arm.attention, width=int(params["width"]), **dict[str, Any](arm.switches))
         else:
             overrides = model_overrides(arm, params)

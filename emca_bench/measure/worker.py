@@ -12,20 +12,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from emca_kernels.backends import record_backends
+from emca_kernels.backends import RefusedError, record_backends
 
 from emca_bench.environment import collect_environment
 from emca_bench.errors import UsageError
 from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.flops import count_macs
+from emca_bench.measure.inputs import ImpossibleError
 from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
 from emca_bench.measure.memory import peak_memory_bytes
-from emca_bench.measure.subjects import ImpossibleError, Subject, build_subject, check_arm
+from emca_bench.measure.subjects import Subject, build_subject, check_arm
 from emca_bench.specs import Arm, Settings, canonical_json
 
 PROGRESS_SECONDS = 0.5
@@ -65,7 +67,7 @@ def serve(requests: IO[str], answer: Answer, *, threads: int, device: str) -> No
         try:
             result = HANDLERS[request["do"]](request, answer)
             answer({"kind": "result", "status": "ok", "duration_s": time.perf_counter() - started, **result})
-        except ImpossibleError as error:
+        except (ImpossibleError, RefusedError) as error:
             answer({"kind": "result", "status": "impossible", "reason": str(error), "duration_s": time.perf_counter() - started})
         except UsageError as error:
             answer({"kind": "usage", "message": str(error)})
@@ -96,12 +98,17 @@ def _latency(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     with torch.inference_mode(), record_backends() as backends:
         subject.call()
     samples = sample_latency(subject.call, settings, timer=timer)
-    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": {"backends": backends}}
+    work = {} if subject.work is None else asdict(subject.work)
+    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": {"backends": backends, **work}}
 
 
 def _memory(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     subject = _subject(request, Settings(**request["settings"]))
-    return {"values": {"peak_memory_bytes": peak_memory_bytes(subject.call, device=str(request["params"].get("device", "cpu")))}}
+    values = {"peak_memory_bytes": peak_memory_bytes(subject.call, device=str(request["params"].get("device", "cpu")))}
+    if subject.kept:
+        gradients = subject.call()[: len(subject.kept)]
+        values["gradient_bytes"] = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+    return {"values": values}
 
 
 def _accuracy(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:

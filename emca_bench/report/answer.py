@@ -13,6 +13,7 @@ from emca_bench.report.counts import CountRow
 from emca_bench.report.findings import Findings
 from emca_bench.report.numbers import TIMES
 from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, free_attention_bound, largest
+from emca_bench.report.targets import TargetVerdict
 from emca_bench.stats import speed_verdict
 
 
@@ -32,7 +33,7 @@ def answer(found: Findings) -> str:
     counts = [rows for rows in found.model_counts if rows[0].cell.params["model"] == found.model_counts[0][0].cell.params["model"]]
     sentences += [_bound(counts[-1])] if counts else []
     sentences += [_accuracy(group) for group in found.accuracy]
-    sentences.append(_claims(found))
+    sentences += [_claims(found), _targets(found)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -107,3 +108,12 @@ def _claims(found: Findings) -> str:
     order: tuple[Verdict, ...] = ("reproduced", "differs", "not comparable", "not run")
     parts = ", ".join(f"{counted[verdict]} {verdict}" for verdict in order if counted[verdict])
     return f"Of {numbers.plural(len(found.claims), 'comparison')} with published claims: {parts}."
+
+
+def _targets(found: Findings) -> str:
+    if not found.targets:
+        return ""
+    counted = Counter(row.verdict for row in found.targets)
+    order: tuple[TargetVerdict, ...] = ("met", "missed", "undecided", "not run")
+    parts = ", ".join(f"{counted[verdict]} {verdict}" for verdict in order if counted[verdict])
+    return f"Of {numbers.plural(len(found.targets), 'comparison')} with the project's own targets: {parts}."

@@ -19,6 +19,11 @@ LABELS = {
     "pem_ca_published": "PEM-CA (as published)",
     "pem_ca_mended": "PEM-CA (mended)",
     "none": "none",
+    "eager": "eager torch",
+    "scores_only": "scores alone (bmm)",
+    "native": "native C++",
+    "triton": "Triton",
+    "cuda": "CUDA C++",
 }
 """Words for the arms of the standard studies, in reading order; any other arm goes by its own name."""
 

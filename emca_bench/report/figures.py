@@ -1,4 +1,4 @@
-"""Figures of the report. The only importer of seaborn and matplotlib; the same data gives the same bytes."""
+"""Figures of the report. With `roofline` the only importer of seaborn and matplotlib; the same data gives the same bytes."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ _LOOKS = {
     "pem_ca_published": ("#CC79A7", "X", "--"),
     "pem_ca_mended": ("#AA3377", "x", "-"),
     "none": ("#56B4E9", "h", ":"),
+    "eager": ("#8C8C8C", "o", "-"),
+    "scores_only": ("#1A1A1A", "s", "--"),
+    "native": ("#D55E00", "D", "-"),
+    "triton": ("#0072B2", "v", "-"),
+    "cuda": ("#009E73", "P", "-"),
 }
 _SPARE_COLORS = ("#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100", "#6699CC")
 _SPARE_MARKERS = ("<", ">", "d", "8", "H")
@@ -121,7 +126,7 @@ def style() -> Iterator[None]:
 
 def files(figure: Figure) -> dict[str, bytes]:
     """The figure as SVG and as PNG at 200 dpi, free of dates and version names."""
-    _settle(figure)
+    settle(figure)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
@@ -133,7 +138,7 @@ def latency_over_pixels(group: SpeedGroup, palette: dict[str, Look], subject: st
 
     The crossing of the subject with each baseline is marked where there is one.
     """
-    figure = _figure(WIDTH, 3.5)
+    figure = blank(WIDTH, 3.5)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1])
     _latency_panel(left, group, palette, subject)
     reference = group.study.baselines[-1] if group.study.baselines else None
@@ -147,7 +152,7 @@ def macs_by_component(groups: Sequence[Sequence[CountRow]]) -> Figure:
     shown = [[row for row in group if row.macs] for group in groups]
     shown = [group for group in shown if group]
     components = components_of([row for group in shown for row in group])
-    figure = _figure(WIDTH, 0)
+    figure = blank(WIDTH, 0)
     for ax, group in zip(_panels(figure, [[row.arm for row in group] for group in shown], columns=2, extra=0.35), shown, strict=True):
         _bars_panel(ax, group, components)
     handles = [mpl.patches.Patch(color=_component_color(name, components), label=component_label(name)) for name in components]
@@ -161,7 +166,7 @@ def latency_by_scope(groups: Sequence[SpeedGroup], palette: dict[str, Look]) -> 
     """Latency of decoder, model and end to end with intervals, a panel per setting; dashed: no cross-attention at all."""
     shown = [group for group in groups if any(row.latency_ms for row in group.rows)]
     sizes = len({group.shared.get("image_size") for group in shown})
-    figure = _figure(WIDTH, 0)
+    figure = blank(WIDTH, 0)
     arms = [[row.arm for row in group.rows if row.latency_ms] for group in shown]
     titled = [name for name in ("scope", "model", "image_size") if name != "model" or len({group.shared.get(name) for group in shown}) > 1]
     for ax, group in zip(_panels(figure, arms, columns=3 if sizes == 3 else 2), shown, strict=True):
@@ -173,7 +178,7 @@ def accuracy_by_arm(group: AccuracyGroup, palette: dict[str, Look]) -> Figure:
     """Every drawn metric of every arm: seeds as dots, mean with interval, the floors, and the margin of the metric that is judged."""
     arms, metrics = group.measured, [metric for metric in group.metrics if metric.key in DRAWN]
     several = len(metrics) > 1
-    figure = _figure(WIDTH if several else WIDTH * 0.8, 0)
+    figure = blank(WIDTH if several else WIDTH * 0.8, 0)
     panels = _panels(figure, [[entry.name for entry in arms]] * len(metrics), columns=3, extra=0.35 + 0.06 * len(arms))
     for ax, metric in zip(panels, metrics, strict=True):
         _margin_and_floor(ax, group, metric, palette)
@@ -212,7 +217,7 @@ def loss_curves(group: AccuracyGroup, palette: dict[str, Look]) -> Figure | None
     arms = [entry for entry in group.measured if entry.curves()]
     if not arms:
         return None
-    figure = _figure(WIDTH * 0.8, 3.0)
+    figure = blank(WIDTH * 0.8, 3.0)
     ax = figure.subplots()
     ends = []
     for entry in arms:
@@ -238,7 +243,7 @@ def loss_curves(group: AccuracyGroup, palette: dict[str, Look]) -> Figure | None
 
 def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look], *, cost: str, metric: str, title: str) -> Figure:
     """Accuracy against latency with both intervals; the step line joins the arms that no other arm beats in both."""
-    figure = _figure(WIDTH * 0.8, 3.2)
+    figure = blank(WIDTH * 0.8, 3.2)
     ax = figure.subplots()
     costs, qualities = [entry.latency_ms.estimate for entry in entries], [entry.score.estimate for entry in entries]
     front = stats.pareto_front(costs, qualities)
@@ -263,12 +268,13 @@ def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look],
     ax.set_ylabel(f"{metric} (points)")
     ax.set_title(title)
     figure.legend(loc="outside lower right", frameon=False)
-    _settle(figure)
+    settle(figure)
     _point_labels(figure, ax, entries, palette)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+    """A figure of that size in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -292,7 +298,7 @@ def _panels(figure: Figure, arms: Sequence[Sequence[str]], *, columns: int, extr
     return list(grid.ravel()[: len(arms)])
 
 
-def _settle(figure: Figure) -> None:
+def settle(figure: Figure) -> None:
     """Fix the layout: its solver visits variables by address, so that unrounded positions differ in their last bits from run to run."""
     for _ in range(2):  # tick labels of the first pass move the second
         figure.draw_without_rendering()

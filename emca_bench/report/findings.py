@@ -9,8 +9,10 @@ from emca_bench.report import numbers
 from emca_bench.report.accuracy import AccuracyGroup, accuracy_groups
 from emca_bench.report.claims import Claim, claims
 from emca_bench.report.counts import CountRow, attention_counts, model_counts
+from emca_bench.report.kernels import KernelGroup, kernel_groups
 from emca_bench.report.load import Run
 from emca_bench.report.speed import SpeedGroup, SpeedRow, attention_groups, largest, model_groups
+from emca_bench.report.targets import Judged, targets
 from emca_bench.stats import Mean
 
 
@@ -20,6 +22,8 @@ class Findings:
 
     run: Run
     claims: Sequence[Claim]
+    targets: Sequence[Judged]
+    kernels: Sequence[Sequence[KernelGroup]]
     attention: Sequence[SpeedGroup]
     attention_counts: Sequence[CountRow]
     model_counts: Sequence[Sequence[CountRow]]
@@ -32,6 +36,8 @@ def findings(run: Run) -> Findings:
     return Findings(
         run=run,
         claims=claims(run),
+        targets=targets(run),
+        kernels=kernel_groups(run),
         attention=attention_groups(run),
         attention_counts=attention_counts(run),
         model_counts=model_counts(run),

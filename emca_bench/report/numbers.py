@@ -60,6 +60,11 @@ def gmacs(macs: float) -> str:
     return f"{value:.4f}" if 0 < value < 0.01 else significant(value)
 
 
+def share(value: float) -> str:
+    """Of a whole, in percent with at least two digits."""
+    return f"{significant(100 * value, 2)} %"
+
+
 def mebibytes(count: float) -> str:
     """Bytes in MiB."""
     return significant(count / 2**20)
@@ -82,11 +87,19 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-SCOPE_NAMES = {"attention": "one cross-attention", "decoder": "mask decoder", "model": "whole model", "end_to_end": "end to end"}
+SCOPE_NAMES = {
+    "kernel": "one operator",
+    "attention": "one cross-attention",
+    "decoder": "mask decoder",
+    "model": "whole model",
+    "end_to_end": "end to end",
+}
 """Words for what is measured."""
 
 _PHRASES = {
     "scope": "{}",
+    "op": "{}",
+    "pass": "{}",
     "model": "{}",
     "dataset": "{}",
     "task": "task {}",
@@ -96,6 +109,7 @@ _PHRASES = {
     "width": "width {}",
     "classes": "{} classes",
     "layers": "{} decoder layers",
+    "mask": "{}",
     "allowed": "{} of the pixels allowed",
     "batch": "batch {}",
     "dtype": "{}",
@@ -123,13 +137,19 @@ def conditions(params: Mapping[str, Value]) -> str:
     return ", ".join(phrase.format(_words(name, params[name])) for name, phrase in _PHRASES.items() if name in params)
 
 
+PASS_NAMES = {"forward": "forward", "forward_backward": "forward and backward"}
+"""Words for what a call does."""
+_MASK_NAMES = {"none": "no mask", "bool": "mask of bools"}
+
+
 def _words(name: str, value: Value) -> str:
     if name in _SWITCHES:
         return _SWITCHES[name][bool(value)]
     if name in ("pixels", "image_size"):
         return size(value)
-    if name == "scope":
-        return SCOPE_NAMES.get(str(value), str(value))
+    for choice, words in (("scope", SCOPE_NAMES), ("pass", PASS_NAMES), ("mask", _MASK_NAMES)):
+        if name == choice:
+            return words.get(str(value), str(value))
     if name == "allowed" and isinstance(value, float):
         return f"{value:.0%}"
     return "all" if name in ("train_images", "test_images") and value == 0 else str(value)

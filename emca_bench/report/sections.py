@@ -14,6 +14,7 @@ from emca_bench.report.document import Block, Bullets, Code, Details, Document, 
 from emca_bench.report.findings import Findings, trade_offs
 from emca_bench.report.load import Run
 from emca_bench.report.method import method_notes
+from emca_bench.report.operators import operator_blocks, target_blocks
 from emca_bench.report.overlays import overlay
 from emca_bench.report.segment_overlays import segment_overlay
 from emca_bench.report.speed import SpeedGroup, crossing, largest
@@ -40,6 +41,8 @@ def document(found: Findings) -> Document:
             *_opening(found),
             *_conditions(found),
             *_claims(found),
+            *target_blocks(found),
+            *operator_blocks(found, palette),
             *_attention(found, palette),
             *_flops(found),
             *_speed(found, palette),
@@ -74,7 +77,8 @@ def _conditions(found: Findings) -> list[Block]:
         dirty = " with uncommitted changes" if state.get("git_dirty") else ""
         rows.append(("commit", (Code(str(state["git_commit"])[:12]), dirty) if dirty else Code(str(state["git_commit"])[:12])))
     rows += [(_name(key), _shown(value)) for key, value in state.items() if key not in ("git_commit", "git_dirty")]
-    backends = {pair for group in (*found.attention, *found.models) for row in group.rows for pair in row.backends.items()}
+    measured = (*found.attention, *found.models, *(group.group for groups in found.kernels for group in groups))
+    backends = {pair for group in measured for row in group.rows for pair in row.backends.items()}
     rows += [(f"backend of {op}", name) for op, name in sorted(backends)]
     rounds = ", ".join(f"{study.name} {study.settings.rounds}" for study in run.studies if "latency" in study.measures)
     rows += [("rounds", rounds)] if rounds else []

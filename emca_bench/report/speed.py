@@ -10,6 +10,7 @@ from emca_bench.report.load import Result, ResultStatus, Run, point
 from emca_bench.specs import Cell, Study, Value, parse_size
 from emca_bench.stats import Mean, Ratio
 
+KERNEL_SCOPES = ("kernel",)
 ATTENTION_SCOPES = ("attention",)
 MODEL_SCOPES = ("decoder", "model", "end_to_end")
 
@@ -31,6 +32,10 @@ class SpeedRow:
     peak_memory_bytes: int | None = None
     backends: Mapping[str, str] = field(default_factory=dict)
     """What served each kernel operator, and why."""
+    flops: int | None = None
+    """Floating-point operations of a call (scope kernel)."""
+    traffic_bytes: int | None = None
+    """Least memory traffic of a call (scope kernel)."""
 
     @property
     def arm(self) -> str:
@@ -39,7 +44,7 @@ class SpeedRow:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the feature level (scope attention)."""
+        """Pixels of the feature level (scopes kernel and attention)."""
         height, width = parse_size(str(self.cell.params["pixels"]))
         return height * width
 
@@ -71,6 +76,11 @@ class SpeedGroup:
     def arms(self) -> list[str]:
         """Arms in the order of the study."""
         return list(dict.fromkeys(row.arm for row in self.rows))
+
+
+def operator_groups(run: Run) -> list[SpeedGroup]:
+    """Single operators and ceilings: one group per setting of the axes other than pixels."""
+    return _groups(run, KERNEL_SCOPES, swept="pixels")
 
 
 def attention_groups(run: Run) -> list[SpeedGroup]:
@@ -133,6 +143,8 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> SpeedGroup:
                 macs=_value(run.find(cell, "macs"), "macs"),
                 peak_memory_bytes=_value(run.find(cell, "memory"), "peak_memory_bytes"),
                 backends=result.values.get("backends") or {},
+                flops=_value(result, "flops"),
+                traffic_bytes=_value(result, "bytes"),
             )
         )
     return SpeedGroup(study=study, shared=shared, rows=rows)

@@ -13,7 +13,9 @@ from emca_bench.report.arms import subject
 from emca_bench.report.claims import Claim
 from emca_bench.report.counts import CountRow
 from emca_bench.report.findings import Findings
+from emca_bench.report.kernels import KernelGroup, flops_rate, traffic_rate
 from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, free_attention_bound
+from emca_bench.report.targets import Judged
 from emca_bench.stats import Mean, Ratio, speed_verdict
 
 SUMMARY_SCHEMA = 1
@@ -46,6 +48,43 @@ def summary(found: Findings) -> dict[str, Any]:
         "speed": [_row(group, row) for group in found.models for row in group.rows],
         "bounds": [entry for group in found.models for entry in _bounds(group)],
         "accuracy": [_accuracy(group) for group in found.accuracy],
+        **_kernels(found),
+    }
+
+
+def _kernels(found: Findings) -> dict[str, Any]:
+    """Operators and targets, of runs that have them."""
+    operators = [_operator(group, row) for groups in found.kernels for group in groups for row in group.group.rows]
+    judged = [_target(row) for row in found.targets]
+    return {name: entries for name, entries in (("kernels", operators), ("targets", judged)) if entries}
+
+
+def _operator(group: KernelGroup, row: SpeedRow) -> dict[str, Any]:
+    ceilings = {"compute": group.compute, "memory": group.memory}
+    return {
+        **_row(group.group, row),
+        "flops": row.flops,
+        "least_bytes": row.traffic_bytes,
+        "flops_per_second": flops_rate(row),
+        "bytes_per_second": traffic_rate(row),
+        "ceilings": {name: ceiling and {"measured_by": ceiling.name, "per_second": ceiling.rate} for name, ceiling in ceilings.items()},
+        "share_of_bound": group.reached(row),
+    }
+
+
+def _target(row: Judged) -> dict[str, Any]:
+    return {
+        "study": row.study.name,
+        "target": row.target.target,
+        "metric": row.target.metric,
+        "arm": row.target.arm,
+        "against": row.against,
+        "at_least": row.target.at_least,
+        "at_most": row.target.at_most,
+        "measured": _interval(row.found),
+        "conditions": row.conditions,
+        "verdict": row.verdict,
+        "reason": row.reason,
     }
 
 

@@ -28,6 +28,8 @@ TONES: Mapping[str, Tone] = {
     "differs": "bad",
     "not comparable": "open",
     "not run": "muted",
+    "met": "good",
+    "missed": "bad",
     "failed": "bad",
     "impossible": "open",
     "partial": "open",
@@ -58,16 +60,16 @@ def claims_table(claims: Sequence[Claim]) -> Table:
 
 def attention_table(group: SpeedGroup) -> Table:
     """Cross-attention alone: a row per number of pixels and arm."""
-    columns = [Column("Pixels", "right"), Column("Arm"), Column("GMACs", "right"), Column("ms [95 %]", "right"), *_speedup_columns(group)]
-    mixed = len({_backends(row) for row in group.rows if row.backends}) > 1
+    columns = [Column("Pixels", "right"), Column("Arm"), Column("GMACs", "right"), Column("ms [95 %]", "right"), *speedup_columns(group)]
+    mixed = len({backends(row) for row in group.rows if row.backends}) > 1
     columns += [Column("Peak MiB", "right"), *([Column("Backend")] if mixed else [])]
     rows = []
     ordered = sorted(group.rows, key=lambda row: row.pixels)
     for row in ordered:
         pixels = Value(f"{numbers.size(row.cell.params['pixels'])} = {row.pixels}", sort=row.pixels)
         memory = number(row.peak_memory_bytes, numbers.mebibytes)
-        backend = [Value(_backends(row) or NOTHING)] if mixed else []
-        rows.append([pixels, arm(row.arm), number(row.macs, numbers.gmacs), _latency(row), *_speedups(group, row), memory, *backend])
+        backend = [Value(backends(row) or NOTHING)] if mixed else []
+        rows.append([pixels, arm(row.arm), number(row.macs, numbers.gmacs), latency(row), *speedups(group, row), memory, *backend])
     begins = frozenset(index for index in range(1, len(ordered)) if ordered[index].pixels != ordered[index - 1].pixels)
     return Table(columns, rows, breaks=begins)
 
@@ -80,14 +82,14 @@ def speed_table(groups: Sequence[SpeedGroup]) -> Table:
         Column("Arm"),
         Column("ms [95 %]", "right"),
         Column("FPS", "right"),
-        *_speedup_columns(groups[0]),
+        *speedup_columns(groups[0]),
     ]
     rows = []
     for group in groups:
         for row in group.rows:
             place = [_where(name, row.cell.params) for name in where]
             rate = number(row.frames_per_second, numbers.significant)
-            rows.append([*place, arm(row.arm), _latency(row), rate, *_speedups(group, row)])
+            rows.append([*place, arm(row.arm), latency(row), rate, *speedups(group, row)])
     return Table(columns, rows, breaks=_starts(group.rows for group in groups))
 
 
@@ -308,22 +310,25 @@ def number(value: float | None, show: object) -> Value:
     return EMPTY if value is None else Value(show(value), sort=float(value))
 
 
-def _latency(row: SpeedRow) -> Value:
+def latency(row: SpeedRow) -> Value:
+    """Milliseconds of a call with their interval, or why there are none."""
     if row.latency_ms is None:
         return verdict(row.status)
     return Value(numbers.milliseconds(row.latency_ms), sort=row.latency_ms.estimate, tone="open" if row.status == "partial" else "plain")
 
 
-def _backends(row: SpeedRow) -> str:
+def backends(row: SpeedRow) -> str:
     """Names of the backends that served a row, without their reasons."""
     return ", ".join(dict.fromkeys(name.split(" (")[0] for name in row.backends.values()))
 
 
-def _speedup_columns(group: SpeedGroup) -> list[Column]:
+def speedup_columns(group: SpeedGroup) -> list[Column]:
+    """Two per baseline of the study: ratio and verdict."""
     return [column for name in group.study.baselines for column in (Column(f"vs {name}", "right"), Column("Verdict"))]
 
 
-def _speedups(group: SpeedGroup, row: SpeedRow) -> list[Value]:
+def speedups(group: SpeedGroup, row: SpeedRow) -> list[Value]:
+    """What stands in those columns."""
     return [value for name in group.study.baselines for value in _speedup(row, name)]
 
 

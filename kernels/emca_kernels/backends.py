@@ -26,6 +26,10 @@ class Backend:
     """From the call's tensors to the reason why this backend cannot serve them, or None if it can."""
 
 
+class RefusedError(ValueError):
+    """The backend that was asked for cannot serve the call; the message holds its reason."""
+
+
 _BACKENDS: dict[str, list[Backend]] = {}
 
 _served: ContextVar[dict[str, str] | None] = ContextVar("served", default=None)
@@ -56,7 +60,8 @@ def choose_backend(op: str, *tensors: Tensor | None, asked: str | None = None) -
         asked: a backend's name; else `EMCA_BACKEND`, else the fastest that can.
 
     Raises:
-        ValueError: unknown operator, unknown backend, or the one asked for cannot serve the call.
+        RefusedError: the one asked for cannot serve the call.
+        ValueError: unknown operator or unknown backend.
     """
     if torch.compiler.is_compiling():
         # what is traced is the definition in plain torch, for the compiler to fuse; opaque operators choose when they run
@@ -79,7 +84,7 @@ def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backen
             raise ValueError(f"{source}={asked!r} is no backend of {op}; known: {', '.join(sorted(known))}")
         refusal = known[asked].refuses(*tensors)
         if refusal:
-            raise ValueError(f"{source}={asked!r} cannot serve this call of {op}: {refusal}")
+            raise RefusedError(f"{source}={asked!r} cannot serve this call of {op}: {refusal}")
         return known[asked], f"asked for by {source}"
     refusals: list[str] = []
     for backend in reversed(_BACKENDS[op]):
@@ -105,6 +110,25 @@ def _asked_by_environment(op: str) -> str | None:
         if not elsewhere or any(backend.name == name for backend in _BACKENDS[op]):
             return name
     return None
+
+
+def backend_named(op: str, name: str) -> Backend:
+    """A backend by its name, whether or not it can serve anything here.
+
+    Raises:
+        ValueError: unknown operator or backend.
+    """
+    if op not in _BACKENDS:
+        raise ValueError(f"unknown operator {op!r}; known: {', '.join(sorted(_BACKENDS))}")
+    known = {backend.name: backend for backend in _BACKENDS[op]}
+    if name not in known:
+        raise ValueError(f"{name!r} is no backend of {op}; known: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def known_backends(op: str) -> tuple[str, ...]:
+    """Names of the backends of an operator, whether or not they can serve anything here."""
+    return tuple(backend.name for backend in _BACKENDS[op])
 
 
 def explain_backend(op: str, *tensors: Tensor | None) -> tuple[str, str]:

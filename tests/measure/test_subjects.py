@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from emca_bench.errors import UsageError
-from emca_bench.measure.subjects import ImpossibleError, build_subject, check_arm
+from emca_bench.measure.inputs import ImpossibleError
+from emca_bench.measure.subjects import build_subject, check_arm
 from emca_bench.specs import Arm
 
 ATTENTION = {"scope": "attention", "pixels": "8x8", "queries": 5, "width": 32, "batch": 2, "allowed": 0.3}

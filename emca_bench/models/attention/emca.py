@@ -7,12 +7,13 @@ al., PEM, CVPR 2024, for `pem_ca` and `pem_ca_published`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from emca_kernels import attend_prototypes, pool_prototypes, select_prototypes
 from emca_kernels.attend_prototypes.op import NORM_AXES
+from emca_kernels.backends import known_backends
 from emca_kernels.masks import allow_everywhere_if_empty
 from torch import Tensor, nn
 
@@ -66,6 +67,7 @@ class EMCA(CrossAttention):
         empty_mask: "everywhere" per query, as Mask2Former; "first_pixel" is PEM's: pixel 0 unless all queries of the image are empty.
         folded: score raw features with folded queries (exact rewrite R1). None folds where that is cheaper and possible.
         query_init: "xavier", or "identity" so that a projected residual starts as the raw one.
+        backend: of its operators, for measurements; None takes the fastest that serves a call.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class EMCA(CrossAttention):
         empty_mask: str = "everywhere",
         folded: bool | None = None,
         query_init: str = "xavier",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         for switch, found, known in (
@@ -95,6 +98,9 @@ class EMCA(CrossAttention):
         ):
             if found not in known:
                 raise UsageError(f"{switch}={found!r}{did_you_mean(str(found), known)}; expected one of {', '.join(known)}")
+        served = known_backends("pool_prototypes" if selection in ("mean", "softmax") else "select_prototypes")
+        if backend is not None and backend not in served:
+            raise UsageError(f"backend={backend!r}{did_you_mean(backend, served)}; expected one of {', '.join(served)}")
         if heads < 1 or width % heads:
             raise UsageError(f"heads={heads} must divide the model width {width}")
         if prototypes < 1 or (prototypes > 1 and selection in ("argmax", "mean", "softmax")):
@@ -106,7 +112,8 @@ class EMCA(CrossAttention):
         self.width, self.heads, self.prototypes, self.selection = width, heads, prototypes, selection
         self.normalize_keys, self.norm_axis, self.residual = normalize_keys, norm_axis, residual
         self.positions, self.empty_mask = positions, empty_mask
-        self.folded, self.normalises_queries = folded, query_norm
+        self.folded, self.normalises_queries, self.backend = folded, query_norm, backend
+        self.tail_backend = backend if backend in known_backends("attend_prototypes") else None
         self.local_conv = LocalConv(width) if local_conv else None
         self.query_norm = nn.LayerNorm(width) if query_norm else None
         self.key_projection = nn.Linear(width, width)
@@ -156,6 +163,7 @@ class EMCA(CrossAttention):
             self.out_projection.weight,
             self.out_projection.bias,
             norm_axis=self.norm_axis,
+            backend=self.tail_backend,
         )
         return update + (projected_BQD if self.residual == "projected" else queries)
 
@@ -173,9 +181,10 @@ class EMCA(CrossAttention):
 
     def _prototypes_from_keys(self, keys_BPD: Tensor, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
         if self.selection == "mean":
-            return pool_prototypes(keys_BPD, None, _mask_or_full(allowed, keys_BPD, queries_BQD)).flatten(2)
+            return pool_prototypes(keys_BPD, None, _mask_or_full(allowed, keys_BPD, queries_BQD), backend=self.backend).flatten(2)
         if self.selection == "softmax":
-            return pool_prototypes(keys_BPD, queries_BQD * self.log_scale.exp(), allowed, heads=self.heads).flatten(2)
+            scaled = queries_BQD * self.log_scale.exp()
+            return pool_prototypes(keys_BPD, scaled, allowed, heads=self.heads, backend=self.backend).flatten(2)
         chosen = self._choose(keys_BPD, queries_BQD, allowed, heads=self.heads)
         keys_BMPd = keys_BPD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return _gather_mean(keys_BMPd, chosen).flatten(2)
@@ -184,12 +193,13 @@ class EMCA(CrossAttention):
         """The same prototypes from raw features: with queries folded per head, rows are projected after they are gathered."""
         if self.selection == "mean":
             full = _mask_or_full(allowed, source_BPC, queries_BQD)
-            return self.key_projection(pool_prototypes(source_BPC, None, full, position=position_BPC).flatten(2))
+            return self.key_projection(pool_prototypes(source_BPC, None, full, position=position_BPC, backend=self.backend).flatten(2))
         folded_BQMC = self._fold(queries_BQD)
         per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1) if self.heads > 1 else allowed
         if self.selection == "softmax":
             scaled = folded_BQMC.flatten(1, 2) * self.log_scale.exp()
-            rows_BQMC = pool_prototypes(source_BPC, scaled, per_head, position=position_BPC).view_as(folded_BQMC)
+            rows_BQMC = pool_prototypes(source_BPC, scaled, per_head, position=position_BPC, backend=self.backend)
+            rows_BQMC = rows_BQMC.view_as(folded_BQMC)
         else:
             chosen = self._choose(source_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1, position=position_BPC)
             chosen = Chosen(*(part.flatten(1, 2).unflatten(1, folded_BQMC.shape[1:3]) for part in chosen))
@@ -220,7 +230,8 @@ class EMCA(CrossAttention):
             open_BQP = allow_everywhere_if_empty(_mask_or_full(allowed, features, queries))
             scores, indices = noise.masked_fill(~open_BQP[:, :, None], -torch.inf).topk(self.prototypes, dim=-1)
         else:
-            indices, scores = select_prototypes(features, queries, allowed, k=self.prototypes, heads=heads, position=position)
+            options: dict[str, Any] = {"k": self.prototypes, "heads": heads, "position": position, "backend": self.backend}
+            indices, scores = select_prototypes(features, queries, allowed, **options)
         if self.empty_mask == "first_pixel" and allowed is not None:
             indices = _first_pixel_if_empty(indices, allowed)
         return Chosen(indices, self._weights(scores.to(features.dtype)))
@@ -269,7 +280,8 @@ def _gather_mean(rows_BMPd: Tensor, chosen: Chosen) -> Tensor:
     batch, queries, heads, kept = indices_BQMK.shape
     if rows_BMPd.shape[1] == 1:
         flat = indices_BQMK.reshape(batch, -1)
-        gathered = rows_BMPd[:, 0].gather(1, flat[..., None].expand(-1, -1, rows_BMPd.shape[-1]))
+        # squeezed, not indexed: the gradient of an index is a copy of all pixels
+        gathered = rows_BMPd.squeeze(1).gather(1, flat[..., None].expand(-1, -1, rows_BMPd.shape[-1]))
         gathered_BQMKd = gathered.view(batch, queries, heads, kept, -1)
     else:
         flat = indices_BQMK.transpose(1, 2).reshape(batch, heads, -1)
@@ -296,6 +308,7 @@ def emca(
     empty_mask: str = "everywhere",
     folded: bool | None = None,
     query_init: str = "xavier",
+    backend: str | None = None,
 ) -> EMCA:
     """EMCA as the paper states it."""
     return EMCA(**locals())
@@ -330,12 +343,28 @@ def pem_ca_published(
 
 
 @ATTENTIONS.register("emca_soft")
-def emca_soft(*, width: int, heads: int = 1, residual: str = "raw", folded: bool | None = None, positions: bool = True) -> EMCA:
+def emca_soft(
+    *,
+    width: int,
+    heads: int = 1,
+    residual: str = "raw",
+    folded: bool | None = None,
+    positions: bool = True,
+    backend: str | None = None,
+) -> EMCA:
     """Soft prototypes: one trainable softmax over the allowed pixels, keys and values folded (R6), EMCA's element-wise tail."""
     return EMCA(**locals(), selection="softmax")
 
 
 @ATTENTIONS.register("mask_pooling")
-def mask_pooling(*, width: int, heads: int = 1, residual: str = "projected", folded: bool | None = None, positions: bool = True) -> EMCA:
+def mask_pooling(
+    *,
+    width: int,
+    heads: int = 1,
+    residual: str = "projected",
+    folded: bool | None = None,
+    positions: bool = True,
+    backend: str | None = None,
+) -> EMCA:
     """The control: the mean of the allowed pixels instead of a search, all else as in EMCA."""
     return EMCA(**locals(), selection="mean")

@@ -1,0 +1,159 @@
+"""Calls of single operators, and of what bounds them on this machine: register-only multiply-adds, matrix products, memory traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from emca_kernels import pool_prototypes, select_prototypes
+from emca_kernels.backends import Backend, backend_named
+from emca_kernels.native import library
+from emca_kernels.specs import FORWARD, FORWARD_BACKWARD, SPECS, Sizes
+from torch import Tensor
+
+from emca_bench.errors import UsageError, did_you_mean, listing
+from emca_bench.measure.inputs import ImpossibleError, Maker
+from emca_bench.specs import CEILINGS, MASKS, Arm, parse_size
+
+OPERATORS: dict[str, Callable[..., Any]] = {"select_prototypes": select_prototypes, "pool_prototypes": pool_prototypes}
+
+SWITCHES = ("backend", "bare")
+"""backend: who serves the operator. bare: its implementation alone, without checks, choice and the operator's boundary."""
+
+BURST_ROUNDS = 4_000_000
+"""Some 20 ms on a core of 2020 or later."""
+MATMUL_SIZE = 1536
+TRAFFIC_BYTES = 128 * 2**20
+"""Of a tensor that no cache holds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call does at least."""
+
+    flops: int
+    bytes: int
+
+
+def kernel_call(arm: Arm, params: Mapping[str, Any], maker: Maker) -> tuple[Callable[[], Any], Work]:
+    """The call of an operator's cell and its least work.
+
+    Raises:
+        ImpossibleError: it cannot run here.
+        UsageError: an operator, switch or pass that does not exist.
+    """
+    check_kernel(arm, params)
+    if params["op"] in CEILINGS:
+        return ceiling_call(str(params["op"]), maker)
+    sizes = _sizes(params, maker.dtype)
+    pass_ = str(params.get("pass", FORWARD))
+    spec = SPECS[str(params["op"])]
+    work = Work(spec.flops(sizes, pass_), spec.bytes(sizes, pass_))
+    features, queries = (maker.normal(sizes.batch, rows, sizes.width) for rows in (sizes.pixels, sizes.queries))
+    allowed = maker.mask(sizes.batch, sizes.queries, sizes.pixels, share=float(params.get("allowed", 1.0))) if sizes.masked else None
+    if spec.name == "scores":
+        # into memory that is there already: the rival at its best
+        scores = features.new_empty(sizes.batch, sizes.queries, sizes.pixels)
+        return partial(torch.bmm, queries, features.mT, out=scores), work
+    forward = _forward(spec.name, arm, features, queries, allowed)
+    if pass_ == FORWARD:
+        return forward, work
+    return with_backward(forward, [features.requires_grad_(), queries.requires_grad_()], maker.normal), work
+
+
+def with_backward(
+    forward: Callable[[], Tensor], wanted: list[Tensor], noise: Callable[..., Tensor]
+) -> Callable[[], tuple[Tensor | None, ...]]:
+    """A call that runs `forward` and then its backward pass, and returns the gradients of the tensors that want one, None where none flows.
+
+    Gradients are returned, not accumulated, so that one call leaves nothing behind for the next. Grad mode is its own.
+    """
+    with torch.enable_grad():
+        upstream = noise(*forward().shape)
+
+    def call() -> tuple[Tensor | None, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return torch.autograd.grad(forward(), wanted, upstream, allow_unused=True)
+
+    return call
+
+
+def _forward(op: str, arm: Arm, features: Tensor, queries: Tensor, allowed: Tensor | None) -> Callable[[], Any]:
+    name = arm.switches.get("backend")
+    backend = None if name is None else str(name)
+    if not arm.switches.get("bare"):
+        return partial(OPERATORS[op], features, queries, allowed, backend=backend)
+    served = backend_named(op, str(backend))
+    refusal = served.refuses(features, queries, allowed)
+    if refusal:
+        raise ImpossibleError(f"backend {backend!r} of {op}: {refusal}")
+    return _bare(op, served, features, queries, allowed)
+
+
+def _bare(op: str, served: Backend, features: Tensor, queries: Tensor, allowed: Tensor | None) -> Callable[[], Any]:
+    options = {"k": 1, "heads": 1} if op == "select_prototypes" else {"heads": 1}
+    return partial(served.implementation, features, queries, allowed, None, **options)
+
+
+def _sizes(params: Mapping[str, Any], dtype: torch.dtype) -> Sizes:
+    height, width = parse_size(str(params["pixels"]), what="parameter 'pixels'")
+    return Sizes(
+        batch=int(params["batch"]),
+        pixels=height * width,
+        queries=int(params["queries"]),
+        width=int(params["width"]),
+        itemsize=dtype.itemsize,
+        masked=params.get("mask", MASKS[0]) == "bool",
+    )
+
+
+def ceiling_call(op: str, maker: Maker) -> tuple[Callable[[], Any], Work]:
+    """A call that reaches what this machine can do, and what it does.
+
+    `burst`: multiply-adds in registers on all threads. `matmul`: a large matrix product of the maker's dtype. `copy` and `read`: a
+    tensor that no cache holds; a copy counts its reads and its writes.
+    """
+    if op == "burst":
+        reason = library.unavailable() if maker.device == "cpu" else f"{maker.device} has no register-only multiply-adds here"
+        if reason:
+            raise ImpossibleError(f"no native library: {reason}")
+        done = torch.ops.emca_native.burst(1)
+        return partial(torch.ops.emca_native.burst, BURST_ROUNDS), Work(2 * done * BURST_ROUNDS, 0)
+    if op == "matmul":
+        left, right = maker.normal(MATMUL_SIZE, MATMUL_SIZE), maker.normal(MATMUL_SIZE, MATMUL_SIZE)
+        nbytes = 3 * left.numel() * left.element_size()
+        return partial(torch.mm, left, right, out=torch.empty_like(left)), Work(2 * MATMUL_SIZE**3, nbytes)
+    source = torch.zeros(TRAFFIC_BYTES // 4, device=maker.device)
+    if op == "copy":
+        # written once beforehand: a page that was never touched costs more than its traffic
+        target = torch.ones_like(source)
+        return partial(target.copy_, source), Work(0, 2 * TRAFFIC_BYTES)
+    return source.sum, Work(source.numel(), TRAFFIC_BYTES)
+
+
+def check_kernel(arm: Arm, params: Mapping[str, Any]) -> None:
+    """Complain about an unknown operator, switch, backend or pass.
+
+    Raises:
+        UsageError: naming it and what is known.
+    """
+    op, known = str(params["op"]), (*SPECS, *CEILINGS)
+    if op not in known:
+        raise UsageError(f"unknown operator {op!r}{did_you_mean(op, known)}; known: {listing(known)}")
+    for switch in arm.switches:
+        if switch not in SWITCHES:
+            raise UsageError(f"operator {op} has no switch {switch!r}{did_you_mean(switch, SWITCHES)}; its switches: {listing(SWITCHES)}")
+    if op in CEILINGS:
+        return
+    if params.get("pass", FORWARD) not in SPECS[op].products:
+        raise UsageError(f"operator {op} has no pass {params['pass']!r}; its passes: {listing(SPECS[op].products)}")
+    if op in OPERATORS and "backend" in arm.switches:
+        try:
+            backend_named(op, str(arm.switches["backend"]))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    if arm.switches.get("bare") and ("backend" not in arm.switches or params.get("pass", FORWARD) == FORWARD_BACKWARD):
+        raise UsageError(f"arm {arm.name!r}: bare=true needs a backend and the pass 'forward'")

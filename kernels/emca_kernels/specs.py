@@ -1,0 +1,125 @@
+"""What an operator costs at least, by its shapes alone, and how exact it is: shared by tests, benchmarks and measurements. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
+"""Passes: the result alone, or the result and then the gradients of features and queries."""
+
+FLOAT32_BYTES, INDEX_BYTES, MASK_BYTES = 4, 8, 1
+"""Per element of a normaliser, of an index, and of a mask held as bools."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Shapes of a call: B images, P pixels, Q queries, C channels, and what an element of the features takes."""
+
+    batch: int
+    pixels: int
+    queries: int
+    width: int
+    itemsize: int = 4
+    """Bytes of an element of features and queries."""
+    masked: bool = True
+    """Whether there is a mask bool [B, Q, P]."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor by its shape; one that is differentiable gets a gradient of its own size in a backward pass."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    differentiable: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """Floating-point operations and least memory traffic of an operator.
+
+    A backward pass reads what the forward pass read and returned, and the gradient of the first result; it writes the gradients.
+    What an implementation keeps or recomputes beyond that is its own business, and lowers the share of the bound that it reaches.
+    """
+
+    name: str
+    products: Mapping[str, int]
+    """By pass: how many times every pixel, query and channel meet in a multiply-add. A pass that is not there does not exist."""
+    results: Callable[[Sizes], Mapping[str, Array]]
+    """What the operator writes, the differentiable one first."""
+    tolerance: Mapping[str, float]
+    """By dtype: largest error beside the float64 reference, relative to its largest value; for a choice, the regret of its score."""
+
+    def arguments(self, sizes: Sizes) -> dict[str, Array]:
+        """What the operator reads, each element once."""
+        batch, pixels, queries, width = sizes.batch, sizes.pixels, sizes.queries, sizes.width
+        found = {
+            "features": Array((batch, pixels, width), sizes.itemsize, differentiable=True),
+            "queries": Array((batch, queries, width), sizes.itemsize, differentiable=True),
+        }
+        return found | ({"allowed": Array((batch, queries, pixels), MASK_BYTES)} if sizes.masked else {})
+
+    def flops(self, sizes: Sizes, pass_: str = FORWARD) -> int:
+        """Floating-point operations, two per multiply-add, masked pixels included."""
+        return 2 * self._products(pass_) * sizes.batch * sizes.pixels * sizes.queries * sizes.width
+
+    def bytes(self, sizes: Sizes, pass_: str = FORWARD) -> int:
+        """Least traffic in bytes: every argument read once, every result written once."""
+        self._products(pass_)
+        arguments, results = self.arguments(sizes), self.results(sizes)
+        forward = sum(array.nbytes for array in (*arguments.values(), *results.values()))
+        if pass_ == FORWARD:
+            return forward
+        incoming = next(iter(results.values())).nbytes
+        return 2 * forward + incoming + sum(array.nbytes for array in arguments.values() if array.differentiable)
+
+    def _products(self, pass_: str) -> int:
+        if pass_ not in self.products:
+            raise ValueError(f"{self.name} has no pass {pass_!r}; its passes: {', '.join(self.products)}")
+        return self.products[pass_]
+
+
+def _choices(sizes: Sizes) -> dict[str, Array]:
+    shape = (sizes.batch, sizes.queries)
+    return {"indices": Array(shape, INDEX_BYTES), "scores": Array(shape, sizes.itemsize)}
+
+
+def _pooled(sizes: Sizes) -> dict[str, Array]:
+    pooled = Array((sizes.batch, sizes.queries, sizes.width), sizes.itemsize, differentiable=True)
+    return {"pooled": pooled, "logsumexp": Array((sizes.batch, sizes.queries), FLOAT32_BYTES)}
+
+
+def _scores(sizes: Sizes) -> dict[str, Array]:
+    return {"scores": Array((sizes.batch, sizes.queries, sizes.pixels), sizes.itemsize)}
+
+
+SELECT_PROTOTYPES = OpSpec(
+    name="select_prototypes",
+    # no gradient flows through a choice
+    products={FORWARD: 1},
+    results=_choices,
+    tolerance={"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5},
+)
+POOL_PROTOTYPES = OpSpec(
+    name="pool_prototypes",
+    # scores and weighted sum; backward: scores again, gradient by features, two products into features, one into queries
+    products={FORWARD: 2, FORWARD_BACKWARD: 7},
+    results=_pooled,
+    tolerance={"float64": 1e-12, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
+)
+SCORES = OpSpec(
+    name="scores",
+    products={FORWARD: 1},
+    results=_scores,
+    tolerance={"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3},
+)
+"""The score matrix alone, as a bare batched matrix product: what selection saves writing."""
+
+SPECS = {spec.name: spec for spec in (SELECT_PROTOTYPES, POOL_PROTOTYPES, SCORES)}
