@@ -3,6 +3,7 @@
 python3 -m nox -s reproduce                 everything in minutes, ends with the path of a report
 python3 -m nox -s tests                     lint, types, import contracts, tests
 python3 -m nox -s tests_detectron2          the detectron2 integration, in .nox/detectron2 from constraints-detectron2.txt
+python3 -m nox -s kernels                   profile of the operators: gate, pytest-benchmark, roofline, targets
 python3 -m nox -s accuracy -- camvid        one study; arguments behind -- go to `emca-bench run`
 """
 
@@ -121,6 +122,18 @@ def fps(session: nox.Session) -> None:
 def attention(session: nox.Session) -> None:
     """The cross-attentions alone, against the number of pixels."""
     run_study(session, "attention")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Operators: right first, then timed one by one, then held against their targets. `-- --quick` for minutes."""
+    suite(session)
+    quick = "--quick" in session.posargs
+    in_suite(session, "pytest", "tests/kernels", OMP_WAIT_POLICY="PASSIVE")
+    folder = ROOT / "reports" / "local" / ("kernels-quick" if quick else "kernels")
+    folder.mkdir(parents=True, exist_ok=True)
+    in_suite(session, "pytest", "benchmarks", f"--benchmark-json={folder / 'benchmark.json'}", *(["--quick"] if quick else []))
+    run_study(session, "kernels")
 
 
 @nox.session

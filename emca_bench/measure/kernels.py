@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from emca_kernels import pool_prototypes, select_prototypes
-from emca_kernels.backends import Backend, backend_named
+from emca_kernels.backends import Backend, backend_named, known_backends
 from emca_kernels.native import library
 from emca_kernels.specs import FORWARD, FORWARD_BACKWARD, SPECS, Sizes
 from torch import Tensor
@@ -150,10 +150,9 @@ def check_kernel(arm: Arm, params: Mapping[str, Any]) -> None:
         return
     if params.get("pass", FORWARD) not in SPECS[op].products:
         raise UsageError(f"operator {op} has no pass {params['pass']!r}; its passes: {listing(SPECS[op].products)}")
-    if op in OPERATORS and "backend" in arm.switches:
-        try:
-            backend_named(op, str(arm.switches["backend"]))
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+    backend = arm.switches.get("backend")
+    if op in OPERATORS and backend is not None and backend not in known_backends(op):
+        served = known_backends(op)
+        raise UsageError(f"{backend!r} is no backend of {op}{did_you_mean(str(backend), served)}; known: {listing(served)}")
     if arm.switches.get("bare") and ("backend" not in arm.switches or params.get("pass", FORWARD) == FORWARD_BACKWARD):
         raise UsageError(f"arm {arm.name!r}: bare=true needs a backend and the pass 'forward'")

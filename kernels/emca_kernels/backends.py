@@ -113,17 +113,8 @@ def _asked_by_environment(op: str) -> str | None:
 
 
 def backend_named(op: str, name: str) -> Backend:
-    """A backend by its name, whether or not it can serve anything here.
-
-    Raises:
-        ValueError: unknown operator or backend.
-    """
-    if op not in _BACKENDS:
-        raise ValueError(f"unknown operator {op!r}; known: {', '.join(sorted(_BACKENDS))}")
-    known = {backend.name: backend for backend in _BACKENDS[op]}
-    if name not in known:
-        raise ValueError(f"{name!r} is no backend of {op}; known: {', '.join(sorted(known))}")
-    return known[name]
+    """A backend of an operator, one of `known_backends`, whether or not it can serve anything here."""
+    return next(backend for backend in _BACKENDS[op] if backend.name == name)
 
 
 def known_backends(op: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -176,10 +177,72 @@ def test_shipped_studies_are_valid(path: Path, quick: bool):
     for study in load_studies(path, quick=quick):
         assert study.cells()
         assert all(len(arm.name) < 20 for arm in study.arms)
+        for target in () if quick else study.targets:
+            assert any(cell.params.items() >= target.where.items() for cell in study.cells() if cell.arm.name == target.arm)
         for expected in study.expected:
             arms = {arm.name for arm in study.arms}
             assert {expected.arm, *expected.against} <= arms
             assert any(all(cell.params.get(name) == value for name, value in expected.where.items()) for cell in study.cells())
+
+
+TARGET = """
+[[target]]
+target = "Wide is fast"
+metric = "speedup"
+arm = "wide"
+against = ["masked"]
+at_least = 2
+where = { pixels = "8x8" }
+"""
+
+
+def test_targets_come_back_from_the_lock_and_locks_without_them_load(study_file: Path, tmp_path: Path):
+    study_file.write_text(study_file.read_text() + TARGET)
+    studies = load_studies(study_file)
+    (target,) = studies[0].targets
+    assert (target.at_least, target.at_most, target.against, target.where) == (2.0, None, ("masked",), {"pixels": "8x8"})
+    lock = tmp_path / "lock.json"
+    lock.write_text(dump_lock(studies))
+    assert load_lock(lock) == studies
+    older = json.loads(lock.read_text())
+    del older["studies"][0]["targets"]
+    lock.write_text(json.dumps(older))
+    assert load_lock(lock)[0].targets == ()
+
+
+def test_keys_do_not_change_with_targets(study_file: Path):
+    before = [cell.key("macs") for cell in load_studies(study_file)[0].cells()]
+    study_file.write_text(study_file.read_text() + TARGET)
+    assert [cell.key("macs") for cell in load_studies(study_file)[0].cells()] == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("at_least = 2", "at_leest = 2", ["'at_leest'", "did you mean 'at_least'"]),
+        ("at_least = 2", "at_least = 2\nat_most = 3", ["'Wide is fast'", "either at_least or at_most"]),
+        ("at_least = 2", 'at_least = "two"', ["'Wide is fast'", "'two'"]),
+        ('metric = "speedup"', 'metric = "speed"', ["'speed'", "did you mean 'speedup'"]),
+        ('arm = "wide"', 'arm = "wid"', ["'wid'", "did you mean 'wide'"]),
+        ('against = ["masked"]', 'against = ["maskd"]', ["'maskd'", "did you mean 'masked'"]),
+        ('{ pixels = "8x8" }', '{ pixel = "8x8" }', ["'pixel'", "did you mean 'pixels'"]),
+        ("batch = 1", 'batch = 1\npass = "backward"', ["unknown pass 'backward'"]),
+        ("batch = 1", 'batch = 1\npass = "forward_backward"', ["measures latency and memory only"]),
+        ('scope = "attention"', 'scope = "kernel"', ["measures latency and memory only"]),
+    ],
+)
+def test_targets_and_passes_that_make_no_sense_are_named(study_file: Path, old: str, new: str, words: list[str]):
+    study_file.write_text(study_file.read_text() + TARGET)
+    with pytest.raises(UsageError) as caught:
+        load_studies(edited(study_file, old, new))
+    assert all(word in str(caught.value) for word in ["small.toml", *words])
+
+
+def test_an_operator_needs_its_name(study_file: Path):
+    text = study_file.read_text().replace('["macs"]', '["latency"]').replace('scope = "attention"', 'scope = "kernel"')
+    study_file.write_text(text)
+    with pytest.raises(UsageError, match="scope 'kernel' needs parameter 'op'"):
+        load_studies(study_file)
 
 
 def test_required_parameters_exist():

@@ -122,7 +122,7 @@ def test_citation_file_has_what_version_1_2_0_asks_for():
     assert "PEM" in titles
 
 
-@pytest.mark.parametrize("folder", ["kernels", "ablations", "reports", "tests"])
+@pytest.mark.parametrize("folder", ["kernels", "ablations", "benchmarks", "reports", "tests"])
 def test_generic_folder_names_stay_out_of_the_way(folder: str, tmp_path: Path):
     assert not (ROOT / folder / "__init__.py").exists()
     found = subprocess.run(
