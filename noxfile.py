@@ -77,6 +77,19 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def tests_triton(session: nox.Session) -> None:
+    """Triton kernels: interpreted, then compiled for GPUs that need not be there, then on a CUDA device if there is one."""
+    suite(session)
+    in_suite(session, "pytest", "tests_triton/interpret", *session.posargs, TRITON_INTERPRET="1")
+    in_suite(session, "pytest", "tests_triton/compile", *session.posargs, TRITON_INTERPRET="0")
+    is_there = session.run(str(BIN / "python"), "-c", "import torch; print(torch.cuda.is_available())", external=True, silent=True)
+    if str(is_there).strip() == "True":
+        in_suite(session, "pytest", "tests_triton/interpret", *session.posargs, TRITON_INTERPRET="0")
+    else:
+        session.log("no CUDA device: the kernels did not run on one")
+
+
+@nox.session
 def accuracy(session: nox.Session) -> None:
     """Train and evaluate. `-- camvid` for real images below EMCA_DATASETS, `-- --quick` for minutes."""
     run_study(session, "accuracy")

@@ -44,7 +44,7 @@ def check_mask(allowed: Tensor | Mask | None, sizes: dict[str, int]) -> Mask | N
     """Check a mask, a bool tensor [B, Q, P] or one of `emca_kernels.masks`, against sizes B and P, and Q if it is known; as a `Mask`."""
     if isinstance(allowed, Tensor):
         allowed = BoolMask(allowed)
-    expected = {name: sizes[name] for name in ("B", "Q", "P") if name in sizes}
+    expected: dict[str, int] = {name: sizes[name] for name in ("B", "Q", "P") if name in sizes}
     match allowed:
         case None:
             return None

@@ -158,7 +158,7 @@ def _pool_prototypes_fwd_kernel(
             counted = tl.where((masked != 0)[:, None], allowed, counted)
         top = tl.maximum(before, best)
         keep = tl.exp(before - top)
-        weights = tl.where(counted, tl.exp(scores - top[:, None]), 0.0)
+        weights = tl.exp(tl.where(counted, scores - top[:, None], -float("inf")))
         total = total * keep + tl.sum(weights, axis=1)
         pooled = dot(weights.to(tile.dtype), tile, pooled * keep[:, None])
     places = (image * query_count + rows) * HEADS + head
@@ -217,15 +217,24 @@ def _merge_sums_kernel(
 
 
 CONFIGS = {
+    (90, "half", "narrow"): Config(block_q=128, block_p=32, resident=64, piece=64, num_warps=8, num_stages=3),
     (90, "half", "plain"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=3),
     (90, "half", "embedding"): Config(block_q=64, block_p=32, resident=256, piece=64, num_warps=8, num_stages=2),
+    (90, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
+    (90, "float", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
     (90, "float", "plain"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "embedding"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
+    (90, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
+    (90, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
+    (80, "half", "narrow"): Config(block_q=64, block_p=64, resident=64, piece=64, num_warps=8, num_stages=2),
     (80, "half", "plain"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
     (80, "half", "embedding"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
+    (80, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
+    (80, "float", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
     (80, "float", "plain"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
     (80, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
+    (80, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
 }
+NARROW = 64
 WIDEST_VALUES = 256
 """Channels whose sums a program keeps; half of that in float32."""
 
@@ -245,7 +254,10 @@ def plan(
     width = features_BPC.shape[2] // heads
     masking = mask_arguments(mask, features_BPC)
     count = queries_BQC.shape[1] if queries_BQC is not None else masking["mask"].shape[1]
-    config = config_of(CONFIGS, arch, features_BPC.dtype, "embedding" if masking["MASK"] == MASK_EMBEDDING.value else "plain")
+    scope = "narrow" if width <= NARROW else "plain"
+    if masking["MASK"] == MASK_EMBEDDING.value:
+        scope = "embedding" if position_BPC is None else "embedding+position"
+    config = config_of(CONFIGS, arch, features_BPC.dtype, scope)
     resident = width <= config.resident
     block_q = block_of(count, config.block_q)
     blocks_q = -(-count // block_q)

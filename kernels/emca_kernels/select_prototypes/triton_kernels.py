@@ -330,7 +330,7 @@ def variants(arch: int) -> Iterator[tuple[str, tuple[Launch, ...]]]:
     cases += [("fp16", "bool", 256, 1, 1, 100, ""), ("bf16", "embedding", 512, 1, 1, 100, "")]
     cases += [(dtype, "bool", width, 1, 1, 100, "") for dtype in ("bf16", "fp32") for width in (64, 128)]
     cases += [(dtype, "bool", 256, 8, 1, 100, "") for dtype in ("bf16", "fp32")]
-    cases += [("bf16", mask, 256, 1, k, 100, "") for k in (2, 4, 16) for mask in ("none", "bool")]
+    cases += [("bf16", mask, 256, 1, k, 100, "") for k in (2, 4, 8, 16) for mask in ("none", "bool")]
     cases += [("fp32", "bool", 256, 1, 4, 100, "")]
     cases += [("bf16", "bool", 256, 1, 1, count, "") for count in (1, 37)]
     cases += [(dtype, mask, 256, 1, 1, 100, "position") for dtype in ("bf16", "fp32") for mask in ("bool", "embedding")]

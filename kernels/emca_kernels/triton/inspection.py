@@ -35,12 +35,17 @@ REGISTERS_MAY_GROW = 1.1
 
 
 def variants(architecture: int) -> Iterator[tuple[str, Launch]]:
-    """Name and launch of every kernel that is checked, on tensors without values."""
+    """Name and launch of every kernel that is checked, on tensors without values; of equal kernels the first."""
+    seen: set[str] = set()
     for module in KERNELS:
         for name, launches in importlib.import_module(module).variants(architecture):
             for launch in launches:
-                kernel = launch.kernel.fn.__name__.strip("_")
-                yield f"sm_{architecture} {kernel} {name}", launch
+                kernel = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+                source = source_of(launch)
+                same = repr((kernel, source.signature, source.constants, source.attrs))
+                if same not in seen:
+                    seen.add(same)
+                    yield f"sm_{architecture} {kernel} {name}", launch
 
 
 def source_of(launch: Launch) -> Any:

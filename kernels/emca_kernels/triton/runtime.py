@@ -33,7 +33,7 @@ class Launch:
     def run(self, device: torch.device) -> None:
         """Enqueue it on the current stream of the device."""
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
 
 
 def interpreting() -> bool:
