@@ -18,7 +18,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["tests", "tests_detectron2"]
+nox.options.sessions = ["tests", "tests_triton", "tests_detectron2"]
 
 ROOT = Path(__file__).parent
 ENVIRONMENTS = ROOT / ".nox"
@@ -98,6 +98,22 @@ def tests_detectron2(session: nox.Session) -> None:
     make(session, "detectron2", files, ["pytest", "pytest-timeout"], script=["bash", installer, "--from-pypi"])
     pytest = str(binaries("detectron2") / "pytest")
     session.run(pytest, "tests/detectron2", *session.posargs, external=True, env={"OMP_WAIT_POLICY": "PASSIVE"})
+
+
+@nox.session
+def tests_triton(session: nox.Session) -> None:
+    """Triton kernels: interpreted, then compiled for GPUs that need not be there, then on a CUDA device if there is one."""
+    suite(session)
+    in_suite(session, "pytest", "tests_triton/interpret", *session.posargs, TRITON_INTERPRET="1")
+    in_suite(session, "pytest", "tests_triton/compile", *session.posargs, TRITON_INTERPRET="0")
+    ask = "import torch; print(torch.cuda.is_available())"
+    is_there = session.run(str(binaries("suite") / "python"), "-c", ask, external=True, silent=True)
+        str(binaries("suite") / "python"), "-c", "import torch; print(torch.cuda.is_available())", external=True, silent=True
+    )
+    if str(is_there).strip() == "True":
+        in_suite(session, "pytest", "tests_triton/interpret", *session.posargs, TRITON_INTERPRET="0")
+    else:
+        session.log("no CUDA device: the kernels did not run on one")
 
 
 @nox.session

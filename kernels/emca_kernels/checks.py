@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from emca_kernels.autocast import follow_autocast
+from emca_kernels.masks import BoolMask, EmbeddingMask, LogitMask, Mask, PackedMask
+
 
 def check_tensor(name: str, tensor: object, dims: Sequence[str], sizes: dict[str, int]) -> None:
     """Check the rank of a floating-point tensor and the sizes that its dimensions share with earlier arguments.
@@ -37,14 +40,40 @@ def check_shape(name: str, tensor: Tensor, dims: Sequence[str], sizes: dict[str,
     sizes.update(zip(dims, shape, strict=True))
 
 
-def check_allowed(allowed: Tensor | None, sizes: dict[str, int]) -> None:
-    """Check a mask bool [B, Q, P], True where the query may look."""
-    if allowed is None:
-        return
-    if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-        found = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
-        raise TypeError(f"allowed must be a bool tensor [B, Q, P], True = may be chosen; found {found}")
-    check_shape("allowed", allowed, ("B", "Q", "P"), sizes)
+def check_mask(allowed: Tensor | Mask | None, sizes: dict[str, int]) -> Mask | None:
+    """Check a mask, a bool tensor [B, Q, P] or one of `emca_kernels.masks`, against sizes B and P, and Q if it is known; as a `Mask`."""
+    if isinstance(allowed, Tensor):
+        allowed = BoolMask(allowed)
+    expected: dict[str, int] = {name: sizes[name] for name in ("B", "Q", "P") if name in sizes}
+    match allowed:
+        case None:
+            return None
+        case BoolMask(tensor):
+            _check_dtype("allowed", tensor, torch.bool, "bool tensor [B, Q, P], True = may be chosen")
+            check_shape("allowed", tensor, ("B", "Q", "P"), expected)
+        case PackedMask(words, pixels):
+            _check_dtype("words_BQW", words, torch.int32, "int32 tensor [B, Q, W], a bit per pixel")
+            check_shape("words_BQW", words, ("B", "Q", "W"), expected | {"W": -(-sizes["P"] // 32)})
+            if pixels != sizes["P"]:
+                raise ValueError(f"PackedMask has pixels={pixels}, expected P={sizes['P']}")
+        case LogitMask(logits):
+            check_tensor("logits_BQP", logits, ("B", "Q", "P"), expected)
+        case EmbeddingMask(embedding, features):
+            embedding, features = follow_autocast(embedding, features)
+            check_tensor("embedding_BQE", embedding, ("B", "Q", "E"), expected)
+            check_tensor("features_BPE", features, ("B", "P", "E"), expected)
+            check_same("embedding_BQE", embedding, "features_BPE", features)
+            allowed = EmbeddingMask(embedding, features)
+        case _:
+            raise TypeError(f"allowed must be a bool tensor [B, Q, P], True = may be chosen; found {type(allowed).__name__}")
+    sizes.update(expected)
+    return allowed
+
+
+def _check_dtype(name: str, tensor: object, dtype: torch.dtype, expected: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a {expected}; found {found}")
 
 
 def check_position(position: Tensor | None, features: Tensor) -> Tensor | None:

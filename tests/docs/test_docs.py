@@ -41,7 +41,7 @@ def test_first_screen_is_a_sentence_a_figure_a_table_and_two_commands():
     assert screen.count("| ---") >= 1
     assert commands()[:2] == [
         "python3 -m pip install nox && python3 -m nox -s reproduce",
-        "python3 -m pip install nox && python3 -m nox -s tests tests_detectron2",
+        "python3 -m pip install nox && python3 -m nox -s tests tests_triton tests_detectron2",
     ]
 
 

@@ -25,10 +25,10 @@ def inputs(pixels: int = 33, queries: int = 5, dtype: torch.dtype = torch.float3
 def test_opcheck(backend: str | None, parts: str) -> None:
     features, asked, allowed, position = inputs()
     mask, place = (allowed, position) if parts == "all" else (None, None)
-    torch.library.opcheck(torch.ops.emca.select_prototypes.default, (features, asked, mask, place, 2, 2, backend))
-    torch.library.opcheck(torch.ops.emca.pool_prototypes.default, (features, asked, mask, place, 2, backend))
-    torch.library.opcheck(torch.ops.emca.pool_prototypes.default, (features, None, allowed, place, 1, backend))
-    pooled, logsumexp = torch.ops.emca.pool_prototypes(features, asked, mask, place, 2, backend)
+    torch.library.opcheck(torch.ops.emca.select_prototypes.default, (features, asked, mask, None, place, 2, 2, backend))
+    torch.library.opcheck(torch.ops.emca.pool_prototypes.default, (features, asked, mask, None, place, 2, backend))
+    torch.library.opcheck(torch.ops.emca.pool_prototypes.default, (features, None, allowed, None, place, 1, backend))
+    pooled, logsumexp = torch.ops.emca.pool_prototypes(features, asked, mask, None, place, 2, backend)
     arguments = (torch.randn_like(pooled), features, asked, mask, place, pooled, logsumexp)
     torch.library.opcheck(torch.ops.emca.pool_prototypes_backward.default, arguments)
 

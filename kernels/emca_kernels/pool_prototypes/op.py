@@ -9,27 +9,52 @@ from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_allowed, check_divides, check_position, check_same, check_tensor
+from emca_kernels.checks import check_divides, check_mask, check_position, check_same, check_tensor
+from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
 from emca_kernels.pool_prototypes import native, reference
 from emca_kernels.pool_prototypes.backward import backward
 from emca_kernels.registration import register_operator
+from emca_kernels.triton import runtime
 
 register_backend("pool_prototypes", Backend("reference", reference.pool_prototypes, serves_all))
 register_backend("pool_prototypes", Backend("native", native.pool_prototypes, library.refuses))
+register_backend(
+    "pool_prototypes",
+    Backend(
+        "triton",
+        runtime.lazily("emca_kernels.pool_prototypes.triton_kernels", "pool_prototypes"),
+        runtime.refuses,
+        runtime.refuses_unasked,
+        reads_masks=True,
+    ),
+)
 
 
 def _pool(
-    features: Tensor, queries: Tensor | None, allowed: Tensor | None, position: Tensor | None, heads: int, backend: str | None
+    features: Tensor,
+    queries: Tensor | None,
+    allowed: Tensor | None,
+    mask_features: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    chosen, _ = choose_backend("pool_prototypes", features, queries, allowed, asked=backend)
+    chosen, _ = choose_backend("pool_prototypes", features, queries, allowed, mask_features, asked=backend)
+    mask = from_parts(allowed, mask_features, features.shape[1])
     # a copy where an implementation hands over a view: an operator's results own their memory
-    pooled, logsumexp = chosen.implementation(features, queries, allowed, position, heads=heads)
+    pooled, logsumexp = chosen.implementation(features, queries, mask if chosen.reads_masks else allowed_of(mask), position, heads=heads)
     return pooled.contiguous(), logsumexp.contiguous()
 
 
 def _fake(
-    features: Tensor, queries: Tensor | None, allowed: Tensor | None, position: Tensor | None, heads: int, backend: str | None
+    features: Tensor,
+    queries: Tensor | None,
+    allowed: Tensor | None,
+    mask_features: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     asked = queries if queries is not None else allowed
     assert asked is not None
@@ -38,9 +63,11 @@ def _fake(
     return features.new_empty((*shape, features.shape[2] // heads)), features.new_empty(shape, dtype=exact)
 
 
-def _flops(features: Any, queries: Any, allowed: Any, *_: Any, **__: Any) -> int:
+def _flops(features: Any, queries: Any, allowed: Any, mask_features: Any, *_: Any, **__: Any) -> int:
     batch, pixels, width = features
-    return (4 * queries[1] if queries is not None else 2 * allowed[1]) * batch * pixels * width
+    count = queries[1] if queries is not None else allowed[1]
+    logits = 2 * mask_features[2] if mask_features is not None else 0
+    return batch * pixels * count * ((4 if queries is not None else 2) * width + logits)
 
 
 def _backward_fake(gradient: Tensor, features: Tensor, queries: Tensor | None, *_: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +80,8 @@ def _backward_flops(gradient: Any, features: Any, queries: Any, *_: Any, **__: A
 
 
 _operator = register_operator(
-    "pool_prototypes(Tensor features, Tensor? queries, Tensor? allowed, Tensor? position, int heads, str? backend) -> (Tensor, Tensor)",
+    "pool_prototypes(Tensor features, Tensor? queries, Tensor? allowed, Tensor? mask_features, Tensor? position, int heads, str? backend)"
+    " -> (Tensor, Tensor)",
     _pool,
     fake=_fake,
     flops=_flops,
@@ -76,26 +104,29 @@ class _PoolPrototypes(torch.autograd.Function):
         features: Tensor,
         queries: Tensor | None,
         allowed: Tensor | None,
+        mask_features: Tensor | None,
         position: Tensor | None,
         heads: int,
         backend: str | None,
     ) -> Tensor:
-        pooled, logsumexp = _operator(features, queries, allowed, position, heads, backend)
-        ctx.save_for_backward(features, queries, allowed, position, pooled, logsumexp)
+        pooled, logsumexp = _operator(features, queries, allowed, mask_features, position, heads, backend)
+        ctx.save_for_backward(features, queries, allowed, mask_features, position, pooled, logsumexp)
         return pooled
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of_features, of_queries = _backward_operator(gradients[0], *ctx.saved_tensors)
-        of_position = of_features if ctx.needs_input_grad[3] else None
-        return of_features, of_queries if ctx.needs_input_grad[1] else None, None, of_position, None, None
+        features, queries, allowed, mask_features, *others = ctx.saved_tensors
+        allowed = allowed_of(from_parts(allowed, mask_features, features.shape[1]))
+        of_features, of_queries = _backward_operator(gradients[0], features, queries, allowed, *others)
+        of_position = of_features if ctx.needs_input_grad[4] else None
+        return of_features, of_queries if ctx.needs_input_grad[1] else None, None, None, of_position, None, None
 
 
 def pool_prototypes(
     features: Tensor,
     queries: Tensor | None,
-    allowed: Tensor | None = None,
+    allowed: Tensor | Mask | None = None,
     *,
     heads: int = 1,
     position: Tensor | None = None,
@@ -111,7 +142,8 @@ def pool_prototypes(
     Args:
         features: [B, P, C] pixel features of one level.
         queries: [B, Q, C], or None for the plain mean of the allowed pixels.
-        allowed: bool [B, Q, P], True where the query may look; None allows everything, and needs queries.
+        allowed: bool [B, Q, P], True where the query may look, or another mask of `emca_kernels.masks`; None allows everything, and
+            needs queries.
         heads: splits the channels; each head has its own weights. Divides C.
         position: [P, C] or [B, P, C], B may be 1, of the same dtype: added to the features, without the sum ever being written by
             the fast backends.
@@ -132,6 +164,6 @@ def pool_prototypes(
     elif allowed is None:
         raise ValueError("pool_prototypes needs queries, or allowed, or both: without them there is nothing to pool for")
     position = check_position(position, features)
-    check_allowed(allowed, sizes)
+    mask = check_mask(allowed, sizes)
     check_divides("heads", heads, "C", sizes["C"])
-    return _PoolPrototypes.apply(features, queries, allowed, position, heads, backend)
+    return _PoolPrototypes.apply(features, queries, *parts_of(mask), position, heads, backend)

@@ -1,0 +1,78 @@
+"""Every branch of every kernel compiles for every architecture, without spills, within shared memory, onto tensor cores."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+import pytest
+from emca_kernels.triton import inspection
+from emca_kernels.triton.configs import SHARED_MEMORY_BYTES
+from emca_kernels.triton.runtime import interpreting
+
+if interpreting():
+    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
+
+NAMES = [name for architecture in SHARED_MEMORY_BYTES for name, _ in inspection.variants(architecture)]
+GOOD = {"registers": 100, "spilled_bytes": 0, "shared_memory_bytes": 1000, "tensor_core_instructions": 8, "instructions": 500}
+NAME = "sm_80 select_prototypes_fwd bf16"
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, dict[str, int]]:
+    return inspection.inspect_all(os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_as_recorded(compiled: dict[str, dict[str, int]], name: str) -> None:
+    recorded = inspection.recorded_for(importlib.metadata.version("triton"))
+    assert inspection.complaints({name: compiled[name]}, recorded and {key: recorded[key] for key in recorded if key == name}) == []
+
+
+def test_the_table_holds_what_is_compiled_and_nothing_else() -> None:
+    recorded = inspection.recorded_for(importlib.metadata.version("triton"))
+    assert recorded is None or set(recorded) == set(NAMES)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY_BYTES)
+def test_every_branch_is_among_them(architecture: int) -> None:
+    reached: dict[tuple[str, str], set[object]] = {}
+    for _, launch in inspection.variants(architecture):
+        for parameter in launch.kernel.params:
+            if parameter.is_constexpr:
+                reached.setdefault((launch.kernel.fn.__name__, parameter.name), set()).add(launch.arguments[parameter.name])
+    for kernel in ("_select_prototypes_fwd_kernel", "_pool_prototypes_fwd_kernel"):
+        assert reached[kernel, "MASK"] == {0, 1, 2, 3, 4}
+        assert reached[kernel, "POSITION"] == reached[kernel, "RESIDENT"] == {True, False}
+        assert reached[kernel, "MASK_RESIDENT"] == {True, False}
+        assert reached[kernel, "HEADS"] == {1, 8}
+        # the interpreter alone needs it
+        assert reached[kernel, "UPCAST"] == {False}
+    assert reached["_select_prototypes_fwd_kernel", "K"] == {1, 2, 4, 8, 16}
+    assert reached["_pool_prototypes_fwd_kernel", "SOFT"] == reached["_merge_sums_kernel", "SOFT"] == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"spilled_bytes": 8}, "spills 8 bytes"),
+        ({"shared_memory_bytes": 163 * 1024 + 1}, "166913 bytes of shared memory, at most 166912"),
+        ({"tensor_core_instructions": 0}, "no tensor-core instruction"),
+        ({"registers": 111}, "111 registers, 100 recorded"),
+    ],
+)
+def test_a_worse_kernel_is_a_complaint(change: dict[str, int], complaint: str) -> None:
+    assert inspection.complaints({NAME: GOOD}, {NAME: GOOD}) == []
+    assert inspection.complaints({NAME: GOOD | {"registers": 110}}, {NAME: GOOD}) == []
+    assert f"{NAME}: {complaint}" in inspection.complaints({NAME: GOOD | change}, {NAME: GOOD})
+
+
+def test_a_kernel_that_was_not_recorded_is_a_complaint_and_so_is_one_that_is_gone() -> None:
+    assert inspection.complaints({NAME: GOOD}, {}) == [f"{NAME}: not in compiled.json; write it anew with --write"]
+    assert inspection.complaints({}, {NAME: GOOD}) == [f"{NAME}: in compiled.json, but no longer compiled"]
+
+
+def test_a_version_without_a_record_is_held_to_the_limits_alone() -> None:
+    assert inspection.recorded_for("0.0") is None
+    assert inspection.complaints({NAME: GOOD | {"registers": 250}}, None) == []
+    assert inspection.complaints({NAME: GOOD | {"spilled_bytes": 4}}, None) == [f"{NAME}: spills 4 bytes"]
