@@ -2,6 +2,7 @@
 
 python3 -m nox -s reproduce                 everything in minutes, ends with the path of a report
 python3 -m nox -s tests                     lint, types, import contracts, tests
+python3 -m nox -s tests_triton              the Triton kernels, interpreted and compiled; run where there is a CUDA device
 python3 -m nox -s tests_detectron2          the detectron2 integration, in .nox/detectron2 from constraints-detectron2.txt
 python3 -m nox -s kernels                   profile of the operators: gate, pytest-benchmark, roofline, targets
 python3 -m nox -s accuracy -- camvid        one study; arguments behind -- go to `emca-bench run`
@@ -108,8 +109,6 @@ def tests_triton(session: nox.Session) -> None:
     in_suite(session, "pytest", "tests_triton/compile", *session.posargs, TRITON_INTERPRET="0")
     ask = "import torch; print(torch.cuda.is_available())"
     is_there = session.run(str(binaries("suite") / "python"), "-c", ask, external=True, silent=True)
-        str(binaries("suite") / "python"), "-c", "import torch; print(torch.cuda.is_available())", external=True, silent=True
-    )
     if str(is_there).strip() == "True":
         in_suite(session, "pytest", "tests_triton/interpret", *session.posargs, TRITON_INTERPRET="0")
     else:
