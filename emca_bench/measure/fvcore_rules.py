@@ -1,8 +1,8 @@
 """What fvcore, the counter of most papers, says of the same call: its rules on the meta device, where fvcore itself cannot trace.
 
 fvcore counts norms, resizes and samples, and drops operators that it does not know: the scores of masked attention in
-`nn.MultiheadAttention` (`baddbmm`) and all of `scaled_dot_product_attention`. It counts multiply-adds and calls them flops. Its
-trace also leaves out what no result depends on, such as the class heads of earlier layers in evaluation; that is counted here.
+`nn.MultiheadAttention` (`baddbmm`), all of `scaled_dot_product_attention`, and operators of other libraries, `emca_kernels` among them.
+It counts multiply-adds and calls them flops. Its trace also leaves out what no result depends on, such as the class heads of earlier layers in evaluation; that is counted here.
 
 Source: fvcore 0.1.5, `fvcore.nn.FlopCountAnalysis` with its default handles.
 """
@@ -66,7 +66,8 @@ class FvcoreRules(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        rules = {**ADDED, aten.bmm: self._bmm, aten.baddbmm: self._baddbmm}
+        foreign = {packet: self._dropping(packet) for packet in flop_registry if str(packet).startswith("emca.")}
+        rules = {**ADDED, **foreign, aten.bmm: self._bmm, aten.baddbmm: self._baddbmm}
         # the counter looks up packets, but takes an operator apart unless its overload is known
         whole = {getattr(packet, name): rule for packet, rule in rules.items() for name in packet.overloads()}
         self.counter = FlopCounterMode(display=False, custom_mapping={**rules, **whole})
@@ -102,6 +103,17 @@ class FvcoreRules(TorchFunctionMode):
     def _baddbmm(self, added: Shape, left: Shape, right: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
         self.dropped["scaled_dot_product_attention" if self._fused else "baddbmm"] += bmm_flop(left, right) // FLOPS_A_MAC
         return 0
+
+    def _dropping(self, packet: Any) -> Callable[..., int]:
+        count = flop_registry[packet]
+
+        def drop(*shapes: Any, out_val: Any = None, **rest: Any) -> int:
+            self.dropped[packet.__name__] += count(*shapes, out_val=out_val, **rest) // FLOPS_A_MAC
+            return 0
+
+        # the counter hands tensors, not shapes, to a function with this mark, as registered ones have it
+        drop._get_raw = True  # type: ignore[attr-defined]
+        return drop
 
     @property
     def macs(self) -> int:

@@ -77,7 +77,8 @@ def test_the_rules_are_fvcore_s_operator_by_operator(model: str, attention: str,
     counted = fvcore.by_operator()
     assert rules["added"] == {ours: counted[theirs] for theirs, ours in named.items() if counted[theirs]}
     unsupported = fvcore.unsupported_ops()
-    assert set(rules["dropped"]) == {name for name in ("baddbmm", "scaled_dot_product_attention") if unsupported[f"aten::{name}"]}
+    known = {"baddbmm": "aten", "scaled_dot_product_attention": "aten", "select_prototypes": "emca", "pool_prototypes": "emca"}
+    assert set(rules["dropped"]) == {name for name, library in known.items() if unsupported[f"{library}::{name}"]}
     modules = fvcore.by_module()
     assert rules["components"]["backbone"] == modules["subject.backbone"]
     assert rules["components"]["pixel_decoder"] == modules["subject.sem_seg_head.pixel_decoder"]
@@ -99,7 +100,8 @@ def test_masked_attention_loses_its_scores_and_fused_attention_both_products() -
     params = {"scope": "attention", "pixels": "64x64", "queries": QUERIES, "width": WIDTH, "batch": 1}
     dropped = {name: count_macs(Arm(name=name, attention=name), params)["fvcore"]["dropped"] for name in ("masked", "masked_fused", "emca")}
     product = QUERIES * 64 * 64 * WIDTH
-    assert dropped == {"masked": {"baddbmm": product}, "masked_fused": {"scaled_dot_product_attention": 2 * product}, "emca": {}}
+    wanted = {"masked": {"baddbmm": product}, "masked_fused": {"scaled_dot_product_attention": 2 * product}}
+    assert dropped == wanted | {"emca": {"select_prototypes": product}}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_masked_attention_loses_its_scores_and_fused_attention_both_products() -
     [
         ("512x512", 150, 66.33, 70.58, (66, 71)),
         ("640x640", 150, 102.76, 109.36, (102.7, 110)),
-        ("1024x2048", 19, 519.55, 525.9, (519, 527)),
+        ("1024x2048", 19, 519.55, 526.44, (519, 527)),
     ],
 )
 def test_the_two_counters_are_the_ends_of_the_published_figures(
