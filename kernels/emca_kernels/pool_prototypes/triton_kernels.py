@@ -225,7 +225,7 @@ CONFIGS = {
     (90, "float", "plain"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
     (90, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
     (90, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "half", "narrow"): Config(block_q=64, block_p=64, resident=64, piece=64, num_warps=8, num_stages=2),
+    (80, "half", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=4, num_stages=2),
     (80, "half", "plain"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
     (80, "half", "embedding"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
     (80, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
@@ -324,8 +324,9 @@ def pool_prototypes(
 def variants(arch: int) -> Iterator[tuple[str, tuple[Launch, ...]]]:
     """Name and launches of one call for each branch of the kernels and each entry of the table, on tensors without values."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    cases = [(dtype, True, mask, 256, 1, 100, "") for dtype in ("bf16", "fp32") for mask in MASKS]
-    cases += [(dtype, False, mask, 256, 1, 100, "") for dtype in ("bf16", "fp32") for mask in ("bool", "packed", "embedding")]
+    cases = [("bf16", True, mask, 256, 1, 100, "") for mask in MASKS]
+    cases += [("fp32", True, mask, 256, 1, 100, "") for mask in ("none", "bool", "embedding")]
+    cases += [(dtype, False, mask, 256, 1, 100, "") for dtype in ("bf16", "fp32") for mask in ("bool", "embedding")]
     cases += [("fp16", True, "bool", 256, 1, 100, ""), ("bf16", True, "embedding", 512, 1, 100, "")]
     cases += [(dtype, True, "bool", 64, 1, 100, "") for dtype in ("bf16", "fp32")]
     cases += [(dtype, True, "bool", 256, 8, 100, "") for dtype in ("bf16", "fp32")]
