@@ -14,7 +14,7 @@ commit=c69939aa85460e8135f40bce908a6cddaa73065f
 # Python files of official a59f0563 (2024-04-17); its one compiled file is for another Python, so that detectron2 takes its fallbacks
 reupload="sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 
-if ! "$python" -W ignore -c "import torch"; then
+if ! "$python" -W ignore -c "import torch" 2>/dev/null; then
     echo "install_detectron2: $python has no torch; install it first (python -m pip install torch)" >&2
     exit 2
 fi
