@@ -77,21 +77,13 @@ def _panel(ax: Axes, group: KernelGroup, palette: dict[str, Look], title: str) -
         if not points:
             continue
         ax.plot([x for _, x, _ in points], [y for _, _, y in points], color=look.color, lw=0.8, alpha=0.6, zorder=3)
-        for row, x, y in points:
-            grown = np.interp(sizes.index(row.pixels), [0, max(len(sizes) - 1, 1)], MARKER_SIZES) if len(sizes) > 1 else MARKER_SIZES[1]
-            last = row is points[-1][0]
-            ax.plot(
-                x,
-                y,
-                color=look.color,
-                marker=look.marker,
-                ms=grown,
-                ls="none",
-                mec="white",
-                mew=0.6,
-                zorder=4,
-                label=label(name) if last else None,
-            )
+        drawn: dict[str, Any] = {"color": look.color, "marker": look.marker, "ls": "none", "mec": "white", "mew": 0.6, "zorder": 4}
+        # the largest below, so that it hides none; it stands in the legend
+        named: str | None = label(name)
+        for row, x, y in reversed(points):
+            grown = float(np.interp(sizes.index(row.pixels) / max(len(sizes) - 1, 1), [0, 1], MARKER_SIZES))
+            ax.plot(x, y, ms=grown, label=named, **drawn)
+            named = None
     ax.set(xscale="log", yscale="log")
     ax.set_title(title)
 

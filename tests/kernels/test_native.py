@@ -8,6 +8,7 @@ import pytest
 import torch
 from emca_kernels import pool_prototypes, select_prototypes
 from emca_kernels.native import library
+from emca_kernels.specs import POOL_PROTOTYPES, SELECT_PROTOTYPES
 from torch import Tensor
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512")
@@ -78,7 +79,10 @@ def test_choices_have_no_regret(isa: str, dtype: torch.dtype) -> None:
     best, values = select_prototypes(features.double(), queries.double(), allowed, k=2, backend="reference")
     open_everywhere = allowed | ~allowed.any(-1, keepdim=True)
     exact = (queries.double() @ features.double().mT).masked_fill(~open_everywhere, -torch.inf)
-    tolerance = 1e-5 * exact.isfinite().double().mul(exact.nan_to_num(neginf=0).abs()).max()
+    tolerance = (
+        SELECT_PROTOTYPES.tolerance[str(dtype).removeprefix("torch.")]
+        * exact.isfinite().double().mul(exact.nan_to_num(neginf=0).abs()).max()
+    )
     chosen = exact.gather(-1, indices[:, :, 0])
     assert (values[:, :, 0, :1] - chosen).max() <= tolerance
     clear = values[:, :, 0, 0] - values[:, :, 0, 1] > tolerance
@@ -99,7 +103,7 @@ def test_all_negative_scores(isa: str) -> None:
 @pytest.mark.parametrize("pixels", PIXELS)
 def test_pools_as_the_reference(isa: str, pixels: int, dtype: torch.dtype, seed: int) -> None:
     draw = random.Random(seed)
-    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    tolerance = POOL_PROTOTYPES.tolerance[str(dtype).removeprefix("torch.")]
     for queries in QUERIES:
         features, asked = torch.randn(2, pixels, 52).to(dtype), torch.randn(2, queries, 52).to(dtype)
         heads, layout = draw.choice((1, 4)), draw.choice(("rows", "channels"))

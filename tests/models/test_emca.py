@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from emca_kernels.backends import record_backends
 from torch import Tensor
 
+from emca_bench.errors import UsageError
 from emca_bench.models import build_attention
 from emca_bench.models.attention.emca import EMCA
 
@@ -391,3 +393,18 @@ def test_folding_by_default_takes_the_cheaper_form_of_many_pixels(name: str, hea
     automatic, folded, plain = (build_attention(name, width=256, heads=heads, folded=folded) for folded in (None, True, False))
     cost = {module: module.macs(pixels=10**6, queries=100) for module in (automatic, folded, plain)}
     assert cost[automatic] == min(cost[folded], cost[plain])
+
+
+@pytest.mark.parametrize("name", ["emca", "emca_soft", "mask_pooling"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_backend_reaches_every_operator(name: str, folded: bool) -> None:
+    attention = build_attention(name, width=32, folded=folded, backend="reference")
+    with record_backends() as served:
+        attention(torch.randn(2, 5, 32), None, torch.randn(2, 12, 32), torch.randn(12, 32), None, shape=(3, 4))
+    assert set(served) == {"attend_prototypes", "select_prototypes" if name == "emca" else "pool_prototypes"}
+    assert set(served.values()) == {"reference (asked for by backend)"}
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(UsageError, match="backend='natve' \\(did you mean 'native'\\?\\); expected one of reference, native"):
+        build_attention("emca_soft", width=32, backend="natve")
