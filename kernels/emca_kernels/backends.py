@@ -24,6 +24,8 @@ class Backend:
     implementation: Callable[..., Any]
     refuses: Callable[..., str | None]
     """From the call's tensors to the reason why this backend cannot serve them, or None if it can."""
+    refuses_unasked: Callable[..., str | None] = lambda *_: None
+    """The same, for a backend that serves some calls only when it is asked for by name."""
 
 
 _BACKENDS: dict[str, list[Backend]] = {}
@@ -83,7 +85,8 @@ def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backen
         return known[asked], f"asked for by {source}"
     refusals: list[str] = []
     for backend in reversed(_BACKENDS[op]):
-        refusal = backend.refuses(*tensors)
+        # first: what serves only when asked for is not built before
+        refusal = backend.refuses_unasked(*tensors) or backend.refuses(*tensors)
         if not refusal:
             return backend, "; ".join(refusals) or ("the only one built in" if len(known) == 1 else "the fastest here")
         refusals.append(f"{backend.name}: {refusal}")
