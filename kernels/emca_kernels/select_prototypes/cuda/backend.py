@@ -14,8 +14,8 @@ from emca_kernels.select_prototypes.cuda.recipe import CUDA
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128, 192, 256)
 CAPABILITY = (9, 0)
-COPY_ALIGNMENT = 16
-"""Bytes that tensor copies ask of the start of a tensor and of its strides."""
+ALIGNMENT = 16
+"""Bytes that TMA asks of the start of a tensor and of its strides."""
 
 
 @torch.no_grad()
@@ -80,8 +80,9 @@ def unavailable() -> str | None:
 
 
 def _copyable(tensor: Tensor) -> Tensor:
-    """The tensor if tensor copies can read it, else a contiguous one."""
-    images, rows, channels = tensor.stride()
-    each = tensor.element_size()
-    aligned = all(number % COPY_ALIGNMENT == 0 for number in (tensor.data_ptr(), images * each, rows * each))
-    return tensor if channels == 1 and rows >= tensor.shape[-1] and aligned else tensor.contiguous()
+    """The tensor if TMA can read it, else a copy. Images may share memory, rows may not."""
+    (images, rows, width), (image_stride, row_stride, channel_stride) = tensor.shape, tensor.stride()
+    strides = ([image_stride] if images > 1 else []) + ([row_stride] if rows > 1 else [])
+    aligned = all(stride * tensor.element_size() % ALIGNMENT == 0 for stride in strides) and tensor.data_ptr() % ALIGNMENT == 0
+    readable = channel_stride == 1 and aligned and (rows == 1 or row_stride >= width)
+    return tensor if readable else tensor.clone(memory_format=torch.contiguous_format)

@@ -3,31 +3,12 @@
 #include <cstdint>
 
 #include "key.h"
-#include "launch.h"
 #include "layout.h"
+#include "masks.cuh"
+#include "problem.h"
 
 namespace emca::cuda {
 
-struct Problem {
-  int pixels, queries;
-  // 1, or 2 with positions: (F + X) Q^T = F Q^T + X Q^T, so their panels follow those of the features into the same accumulators
-  int sources;
-  // from an image to the next in each map: 1, or 0 where all share one
-  int features_step, queries_step, position_step;
-  Room room;
-  Grid grid;
-  Allowed allowed;
-  // [images, queries, splits]
-  uint64_t* keys;
-};
-
-inline Problem make_problem(const Call& call) {
-  const Rows &features = call.features, &queries = call.queries, &position = call.position;
-  return {features.rows,   queries.rows,   1 + (position.data != nullptr), features.step(), queries.step(),
-          position.step(), call.plan.room, call.plan.grid,                 call.allowed,    call.keys};
-}
-
-constexpr unsigned ALL_LANES = ~0u;
 constexpr int MERGE_THREADS = 256;
 
 // A warp for each.
@@ -119,82 +100,6 @@ __device__ inline void multiply(const Room& room, int sources, uint32_t base, in
   release(room, base, previous);
 }
 
-// A bit for each pixel of a tile.
-template <int TILE>
-struct Bits {
-  uint32_t word[TILE / 32];
-
-  __device__ bool any() const {
-    uint32_t all = 0;
-#pragma unroll
-    for (uint32_t one : word) all |= one;
-    return all;
-  }
-  // the first `count` pixels
-  __device__ static Bits first(int count) {
-    Bits bits;
-#pragma unroll
-    for (int w = 0; w < TILE / 32; ++w) bits.word[w] = first_bits(count - 32 * w);
-    return bits;
-  }
-  __device__ Bits operator&(const Bits& other) const {
-    Bits bits;
-#pragma unroll
-    for (int w = 0; w < TILE / 32; ++w) bits.word[w] = word[w] & other.word[w];
-    return bits;
-  }
-  __device__ Bits operator|(const Bits& other) const {
-    Bits bits;
-#pragma unroll
-    for (int w = 0; w < TILE / 32; ++w) bits.word[w] = word[w] | other.word[w];
-    return bits;
-  }
-  // so that the bits of a thread's pixels stand at places that the compiler knows
-  __device__ Bits shifted(int count) const {
-    Bits bits;
-#pragma unroll
-    for (int w = 0; w < TILE / 32; ++w) bits.word[w] = word[w] >> count;
-    return bits;
-  }
-  __device__ bool at(int pixel) const { return word[pixel / 32] >> pixel % 32 & 1; }
-};
-
-// `COUNT` bytes as bits; of the bytes only `count` are there.
-template <int COUNT>
-__device__ inline uint32_t read_bytes(const uint8_t* bytes, int count) {
-  uint32_t bits = 0;
-  if (count >= COUNT && reinterpret_cast<uintptr_t>(bytes) % 8 == 0) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 8) bits |= bits_of_bytes(*reinterpret_cast<const uint64_t*>(bytes + i)) << i;
-  } else {
-    for (int i = 0; i < COUNT && i < count; ++i) bits |= uint32_t(bytes[i] & 1) << i;
-  }
-  return bits;
-}
-
-// What a query allows in the tile from pixel `first` on; the four lanes that share the query read together.
-template <Mask MASK, int TILE>
-__device__ inline Bits<TILE> read_allowed(const Problem& problem, int image, int query, int first) {
-  Bits<TILE> bits{};
-  const int64_t row = image * problem.allowed.image_stride + query * problem.allowed.query_stride;
-  if constexpr (MASK == Mask::words) {
-    const int words = divide_up(problem.pixels, 32);
-#pragma unroll
-    for (int w = 0; w < TILE / 32; ++w)
-      if (query < problem.queries && first / 32 + w < words)
-        bits.word[w] = static_cast<const uint32_t*>(problem.allowed.data)[row + first / 32 + w];
-  } else {
-    constexpr int EACH = TILE / 4;
-    const int lane = int(threadIdx.x % 32), mine = first + lane % 4 * EACH;
-    const int count = query < problem.queries ? problem.pixels - mine : 0;
-    const uint32_t own = count > 0 ? read_bytes<EACH>(static_cast<const uint8_t*>(problem.allowed.data) + row + mine, count) : 0;
-#pragma unroll
-    for (int source = 0; source < 4; ++source)
-      bits.word[source * EACH / 32] |= __shfl_sync(ALL_LANES, own, lane / 4 * 4 + source) << source * EACH % 32;
-  }
-  return bits;
-}
-
 // The best pixel that a thread has met for a query: of the allowed ones as soon as the query has met one, of all of them before.
 struct Best {
   float score = LOWEST;
@@ -261,15 +166,12 @@ __device__ inline void consume(const Problem& problem, const Share& share, uint3
   barrier_wait(base + problem.room.queries_ready(), 0);
   for (int tile = share.first_tile; tile < share.last_tile; ++tile) {
     const int first = tile * TILE;
-    Bits<TILE> allowed[2]{};
-    // on its way while the products are made
-    if constexpr (MASK != Mask::none) {
-      allowed[0] = read_allowed<MASK, TILE>(problem, share.image, query, first);
-      allowed[1] = read_allowed<MASK, TILE>(problem, share.image, query + 8, first);
-    }
+    MaskRow<MASK, TILE> rows[2];
+    rows[0].read(problem, share.image, query, first);
+    rows[1].read(problem, share.image, query + 8, first);
     multiply<NUMBER, TILE>(problem.room, problem.sources, base, group, place, scores);
-    update<MASK, TILE, 0>(best[0], scores, allowed[0], first, problem.pixels);
-    update<MASK, TILE, 1>(best[1], scores, allowed[1], first, problem.pixels);
+    update<MASK, TILE, 0>(best[0], scores, rows[0].bits(), first, problem.pixels);
+    update<MASK, TILE, 1>(best[1], scores, rows[1].bits(), first, problem.pixels);
   }
   write_key(problem, share, query, best[0]);
   write_key(problem, share, query + 8, best[1]);

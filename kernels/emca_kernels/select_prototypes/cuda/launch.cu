@@ -33,7 +33,9 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
 // Boxes of `box_rows` rows by one panel of channels.
 TensorMap make_map(const Rows& rows, Number number, int box_rows) {
   static const auto encode = find_encoder();
-  const cuuint64_t row_bytes = 2 * rows.row_stride, image_bytes = rows.step() ? 2 * rows.image_stride : rows.rows * row_bytes;
+  // a stride that leads nowhere may be any number, and is checked all the same
+  const cuuint64_t row_bytes = 2 * (rows.rows > 1 ? rows.row_stride : rows.channels);
+  const cuuint64_t image_bytes = rows.step() ? 2 * rows.image_stride : rows.rows * row_bytes;
   const cuuint64_t sizes[] = {cuuint64_t(rows.channels), cuuint64_t(rows.rows), cuuint64_t(rows.step() ? rows.images : 1)};
   const cuuint64_t strides[] = {row_bytes, image_bytes};
   const cuuint32_t box[] = {PANEL_CHANNELS, cuuint32_t(box_rows), 1}, steps[] = {1, 1, 1};
