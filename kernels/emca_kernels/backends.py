@@ -92,7 +92,8 @@ def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backen
         return known[asked], f"asked for by {source}"
     refusals: list[str] = []
     for backend in reversed(_BACKENDS[op]):
-        refusal = backend.refuses(*tensors) or backend.refuses_unasked(*tensors)
+        # first: what serves only when asked for is not built before
+        refusal = backend.refuses_unasked(*tensors) or backend.refuses(*tensors)
         if not refusal:
             return backend, "; ".join(refusals) or ("the only one built in" if len(known) == 1 else "the fastest here")
         refusals.append(f"{backend.name}: {refusal}")

@@ -1,4 +1,4 @@
-"""Builds the native sources with ninja: once per source, compiler and torch, in a cache that processes share. Never at import.
+"""Builds C++ and CUDA sources with ninja: once per source, compiler and torch, in a cache that processes share. Never at import.
 
 The cache is `EMCA_CACHE`, else `$XDG_CACHE_HOME/emca-bench`, else `~/.cache/emca-bench`. A build that failed is not tried again until its
 folder is deleted.
@@ -13,24 +13,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-SOURCES = Path(__file__).parent / "native"
-LOG, LIBRARY = "build.log", "emca_native.so"
-BASE_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=fast")
-INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"base": ()}
-if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ("-mavx2", "-mfma")
-    INSTRUCTION_SETS["avx512"] = (*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")), "-mfma", "-mprefer-vector-width=512")
+LOG = "build.log"
+SOURCE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 STABLE_SINCE = (2, 10)
 """First torch whose stable interface has everything that the sources use."""
 
 
 class BuildError(RuntimeError):
-    """The native library cannot be built here: says why, and where the compiler's words are."""
+    """A library cannot be built here: says why, and where the compiler's words are."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,33 @@ class Tools:
     ninja: str
 
 
+class Recipe(ABC):
+    """How one library is built."""
+
+    name: ClassVar[str]
+    """Its folder in the cache, and its file is emca_<name>.so."""
+    sources: ClassVar[Path]
+    seconds: ClassVar[int]
+    """About how long a build takes."""
+
+    @abstractmethod
+    def find_compiler(self) -> str:
+        """The compiler.
+
+        Raises:
+            BuildError: there is none.
+        """
+
+    @abstractmethod
+    def rules(self, compiler: str) -> list[str]:
+        """Lines of a ninja file that end with what builds `linked.so`."""
+
+    @property
+    def library(self) -> str:
+        """The name of the library's file."""
+        return f"emca_{self.name}.so"
+
+
 def cache_folder() -> Path:
     """Where built libraries lie."""
     if os.environ.get("EMCA_CACHE"):
@@ -48,43 +72,67 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emca-bench"
 
 
-def native_library() -> Path:
+def built_library(recipe: Recipe) -> Path:
     """The path of the built library, built now if it is not there; other processes that want it wait for the first.
 
     Raises:
         BuildError: no compiler, no ninja, an older torch, or a failed build.
     """
-    tools = find_tools()
-    folder = cache_folder() / "native" / _fingerprint(tools)
-    if (folder / LIBRARY).is_file():
-        return folder / LIBRARY
+    tools = _find_tools(recipe)
+    folder = cache_folder() / recipe.name / _fingerprint(recipe, tools)
+    library = folder / recipe.library
+    if library.is_file():
+        return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # filelock comes with torch
         from filelock import FileLock
 
         with FileLock(folder / "lock"):
-            if not (folder / LIBRARY).is_file():
-                _build(folder, tools)
+            if not library.is_file():
+                _build(recipe, folder, tools)
     except OSError as error:
         raise BuildError(f"cannot write the cache {folder}: {error.strerror or error}; EMCA_CACHE names another") from error
-    return folder / LIBRARY
+    return library
 
 
-def find_tools() -> Tools:
-    """Compiler and ninja.
+def find_host_compiler() -> str:
+    """The C++ compiler.
 
     Raises:
-        BuildError: naming what is missing.
+        BuildError: there is none.
     """
-    if sys.platform != "linux":
-        raise BuildError(f"native kernels are built on Linux, this is {sys.platform}")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < STABLE_SINCE:
-        raise BuildError(f"native kernels need torch {'.'.join(map(str, STABLE_SINCE))} or later, this is {torch.__version__}")
     wanted = os.environ.get("CXX") or "g++"
     compiler = shutil.which(wanted)
     if compiler is None:
         raise BuildError(f"no C++ compiler: {wanted!r} is not on the path (CXX names another)")
+    return compiler
+
+
+def torch_flags() -> str:
+    """Compiler flags for torch's stable interface."""
+    root = Path(torch.__file__).parent
+    major, minor = _torch_version()
+    include = f"-isystem {root / 'include'} -isystem {root / 'include/torch/csrc/api/include'}"
+    return f"{include} -DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+
+
+def torch_libraries(*names: str) -> str:
+    """Linker flags for libraries of torch."""
+    return f"-L{Path(torch.__file__).parent / 'lib'} {' '.join(f'-l{name}' for name in names)}"
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return major, minor
+
+
+def _find_tools(recipe: Recipe) -> Tools:
+    if sys.platform != "linux":
+        raise BuildError(f"{recipe.name} kernels are built on Linux, this is {sys.platform}")
+    if _torch_version() < STABLE_SINCE:
+        raise BuildError(f"{recipe.name} kernels need torch {'.'.join(map(str, STABLE_SINCE))} or later, this is {torch.__version__}")
+    compiler = recipe.find_compiler()
     # the `ninja` package puts its program beside python, which need not be on the path
     ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if ninja is None:
@@ -92,45 +140,26 @@ def find_tools() -> Tools:
     return Tools(compiler, ninja)
 
 
-def _fingerprint(tools: Tools) -> str:
+def _fingerprint(recipe: Recipe, tools: Tools) -> str:
     """Changes with everything that the library depends on."""
     version = subprocess.run([tools.compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [version, torch.__version__, platform.machine(), _build_file(tools.compiler)]
-    parts += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+    parts = [version, torch.__version__, platform.machine(), *recipe.rules(tools.compiler)]
+    parts += [path.read_text() for path in sorted(recipe.sources.iterdir()) if path.suffix in SOURCE_SUFFIXES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _build_file(compiler: str) -> str:
-    root = Path(torch.__file__).parent
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
-    include = f"-isystem {root / 'include'} -isystem {root / 'include/torch/csrc/api/include'}"
-    lines = [
-        "rule compile",
-        f"  command = {compiler} {' '.join(BASE_FLAGS)} $flags -c $in -o $out",
-        "rule link",
-        f"  command = {compiler} -shared $in -o $out -L{root / 'lib'} -ltorch_cpu -lc10",
-        f"build ops.o: compile {SOURCES / 'ops.cpp'}",
-        f"  flags = {include} {target}",
-    ]
-    for name, flags in INSTRUCTION_SETS.items():
-        lines += [f"build {name}.o: compile {SOURCES / 'kernels.cpp'}", f"  flags = -DISA={name} {' '.join(flags)}"]
-    objects = " ".join(f"{name}.o" for name in INSTRUCTION_SETS)
-    return "\n".join([*lines, f"build linked.so: link ops.o {objects}", "default linked.so", ""])
-
-
-def _build(folder: Path, tools: Tools) -> None:
+def _build(recipe: Recipe, folder: Path, tools: Tools) -> None:
     log = folder / LOG
     if log.is_file():
         raise BuildError(f"an earlier build failed: {_last_error(log.read_text())}; log: {log}; delete {folder} to try again")
-    print("emca-bench: building the native kernels, once; about 15 s", file=sys.stderr)
-    (folder / "build.ninja").write_text(_build_file(tools.compiler))
+    print(f"emca-bench: building the {recipe.name} kernels, once; about {recipe.seconds} s", file=sys.stderr)
+    (folder / "build.ninja").write_text("\n".join([*recipe.rules(tools.compiler), "default linked.so", ""]))
     done = subprocess.run([tools.ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         log.write_text(done.stdout + done.stderr)
         raise BuildError(f"the build failed: {_last_error(done.stdout + done.stderr)}; log: {log}")
     # appears whole or not at all
-    os.replace(folder / "linked.so", folder / LIBRARY)
+    os.replace(folder / "linked.so", folder / recipe.library)
 
 
 def _last_error(text: str) -> str:

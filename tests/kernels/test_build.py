@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from emca_kernels import build
-from emca_kernels.build import BuildError, native_library
+from emca_kernels.build import BuildError, built_library
 from emca_kernels.native import library
+from emca_kernels.native.recipe import NATIVE
 
 needs_tools = pytest.mark.skipif(library.unavailable() is not None, reason=f"cannot build here: {library.unavailable()}")
 
@@ -38,13 +38,13 @@ def test_processes_that_want_it_at_once_build_it_once(cache: Path) -> None:
     assert [process.returncode for process in running] == [0, 0], outputs
     assert all(out.startswith("None ") for out, _ in outputs)
     assert "".join(err for _, err in outputs).count("building the native kernels") == 1
-    assert len(list(cache.rglob(build.LIBRARY))) == 1
+    assert len(list(cache.rglob(NATIVE.library))) == 1
 
 
 def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match=r"no C\+\+ compiler: 'no-such-compiler' is not on the path"):
-        native_library()
+        built_library(NATIVE)
 
 
 @needs_tools
@@ -52,12 +52,12 @@ def test_a_failed_build_names_command_and_log_and_is_not_tried_again(cache: Path
     calls = tmp_path / "calls"
     monkeypatch.setenv("CXX", compiler(tmp_path, f'[ "$1" = --version ] || echo x >> {calls}; echo "x.cpp:1: error: no luck" >&2; exit 1'))
     with pytest.raises(BuildError, match=r"the build failed: .*error: no luck; log: ") as caught:
-        native_library()
+        built_library(NATIVE)
     log = Path(str(caught.value).rsplit("log: ", 1)[1])
     assert str(tmp_path / "c++") in log.read_text()
     before = calls.read_text()
     with pytest.raises(BuildError, match=r"an earlier build failed: .*error: no luck.*delete .* to try again"):
-        native_library()
+        built_library(NATIVE)
     assert calls.read_text() == before
 
 
@@ -66,13 +66,13 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EMCA_CACHE", str(tmp_path / "file"))
     with pytest.raises(BuildError, match=r"cannot write the cache .*file.*EMCA_CACHE names another"):
-        native_library()
+        built_library(NATIVE)
 
 
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.__version__", "2.9.1")
     with pytest.raises(BuildError, match=r"need torch 2.10 or later, this is 2.9.1"):
-        native_library()
+        built_library(NATIVE)
 
 
 def test_without_the_library_the_reference_serves(cache: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emca_kernels.build import BuildError, native_library
+from emca_kernels.build import BuildError, built_library
+from emca_kernels.native.recipe import NATIVE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def unavailable() -> str | None:
     """Why the library is not there, or None; builds and loads it at the first call."""
     try:
-        path: Path = native_library()
+        path: Path = built_library(NATIVE)
         torch.ops.load_library(str(path))
     except BuildError as error:
         return str(error)

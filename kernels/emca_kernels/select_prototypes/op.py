@@ -14,12 +14,14 @@ from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
 from emca_kernels.registration import register_operator
 from emca_kernels.select_prototypes import native, reference
+from emca_kernels.select_prototypes.cuda import backend as cuda
 from emca_kernels.triton import runtime
 
 MAX_PIXELS = 1 << 30
 """Above, a packed 32-bit (score, index) key would overflow in the fast backends."""
 
 register_backend("select_prototypes", Backend("reference", reference.select_prototypes, serves_all))
+register_backend("select_prototypes", Backend("cuda", cuda.select_prototypes, cuda.refuses, cuda.refuses_unasked))
 register_backend("select_prototypes", Backend("native", native.select_prototypes, library.refuses))
 register_backend(
     "select_prototypes",
