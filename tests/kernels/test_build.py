@@ -83,4 +83,5 @@ def test_without_the_library_the_reference_serves(cache: Path) -> None:
     )
     environment = {**os.environ, "CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.startswith("('reference', \"native: no C++ compiler: 'no-such-compiler'")
+    assert done.stdout.startswith("('reference', ")
+    assert "native: no C++ compiler: 'no-such-compiler'" in done.stdout
