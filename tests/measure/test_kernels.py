@@ -184,7 +184,7 @@ def test_records_hold_the_work_and_the_gradients(seed: int) -> None:
         (arm(backends="native"), SELECT, "no switch 'backends' (did you mean 'backend'?)"),
         (arm(backend="native"), {**SELECT, "pass": "forward_backward"}, "no pass 'forward_backward'; its passes: forward"),
         (arm(bare=True), SELECT, "bare=true needs a backend"),
-        (arm("emca", backend="natif"), TRAINING, "backend='natif' (did you mean 'native'?); expected one of reference, native"),
+        (arm("emca", backend="natif"), TRAINING, "backend='natif' (did you mean 'native'?); expected one of reference"),
     ],
 )
 def test_wrong_names_are_found_without_measuring(wrong: Arm, params: dict[str, Any], words: str) -> None:

@@ -406,5 +406,5 @@ def test_the_backend_reaches_every_operator(name: str, folded: bool) -> None:
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(UsageError, match="backend='natve' \\(did you mean 'native'\\?\\); expected one of reference, native"):
+    with pytest.raises(UsageError, match="backend='natve' \\(did you mean 'native'\\?\\); expected one of reference"):
         build_attention("emca_soft", width=32, backend="natve")
