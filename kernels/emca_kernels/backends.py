@@ -102,7 +102,10 @@ def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backen
 
 def _asked_by_environment(op: str) -> str | None:
     """The backend that EMCA_BACKEND asks for, if it is one of this operator's or of none at all."""
-    entries = [entry.strip() for entry in os.environ.get("EMCA_BACKEND", "").split(",") if entry.strip()]
+    wanted = os.environ.get("EMCA_BACKEND")
+    if not wanted:
+        return None
+    entries = [entry.strip() for entry in wanted.split(",") if entry.strip()]
     everywhere = [entry for entry in entries if "=" not in entry]
     alone = dict(entry.split("=", 1) for entry in entries if "=" in entry)
     unknown = [name for name in alone if name not in _BACKENDS]

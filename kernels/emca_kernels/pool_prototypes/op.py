@@ -166,4 +166,7 @@ def pool_prototypes(
     position = check_position(position, features)
     mask = check_mask(allowed, sizes)
     check_divides("heads", heads, "C", sizes["C"])
-    return _PoolPrototypes.apply(features, queries, *parts_of(mask), position, heads, backend)
+    parts = parts_of(mask)
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in (features, queries, position)):
+        return _operator(features, queries, *parts, position, heads, backend)[0]
+    return _PoolPrototypes.apply(features, queries, *parts, position, heads, backend)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 
-@torch.no_grad()
 def select_prototypes(
     features_BPC: Tensor, queries_BQC: Tensor, allowed_BQP: Tensor | None, position_BPC: Tensor | None, *, k: int, heads: int
 ) -> tuple[Tensor, Tensor]:

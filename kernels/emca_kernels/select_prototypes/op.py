@@ -125,5 +125,5 @@ def select_prototypes(
         raise ValueError(f"k={k} prototypes from P={sizes['P']} pixels: expected 1 <= k <= P")
     if sizes["P"] >= MAX_PIXELS:
         raise ValueError(f"features has P={sizes['P']} pixels, expected fewer than {MAX_PIXELS}")
-    located = None if position is None else position.detach()
-    return _operator(features.detach(), queries.detach(), *parts_of(mask), located, k, heads, backend)
+    with torch.no_grad():
+        return _operator(features, queries, *parts_of(mask), position, k, heads, backend)
