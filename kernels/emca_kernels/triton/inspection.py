@@ -159,7 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and not options.matching:
         table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
         table[version] = found
-        TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+        # a kernel a line
+        lines = {
+            key: ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in table[key].items()) for key in sorted(table)
+        }
+        TABLE.write_text("{\n" + ",\n".join(f" {json.dumps(key)}: {{\n{text}\n }}" for key, text in lines.items()) + "\n}\n")
     wrong = complaints(found, None if options.matching else recorded_for(version))
     print(*wrong, sep="\n", file=sys.stderr)
     return bool(wrong)
