@@ -145,6 +145,15 @@ def recorded_for(version: str) -> dict[str, dict[str, int]] | None:
     return json.loads(TABLE.read_text()).get(version)
 
 
+def _as_json(table: dict[str, dict[str, dict[str, int]]]) -> str:
+    """A kernel a line, so that a change shows as one."""
+    blocks: list[str] = []
+    for version, kernels in sorted(table.items()):
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in kernels.items())
+        blocks.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m emca_kernels.triton.inspection", description=(__doc__ or "").splitlines()[0])
@@ -159,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and not options.matching:
         table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
         table[version] = found
-        TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+        TABLE.write_text(_as_json(table))
     wrong = complaints(found, None if options.matching else recorded_for(version))
     print(*wrong, sep="\n", file=sys.stderr)
     return bool(wrong)
