@@ -91,6 +91,10 @@ struct Block {
     for (std::unique_lock lock(mutex);;) {
       arrived.wait(lock, [&] { return over || !copies.empty(); });
       if (copies.empty()) return;
+      // others come in the meantime, and may overtake
+      lock.unlock();
+      std::this_thread::sleep_for(std::chrono::microseconds(300));
+      lock.lock();
       std::swap(copies[random() % copies.size()], copies.back());
       const auto copy = std::move(copies.back());
       copies.pop_back();

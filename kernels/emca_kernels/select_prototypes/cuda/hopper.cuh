@@ -61,8 +61,11 @@ __device__ inline void pin(float (&scores)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(scores[i])::"memory");
 }
 
-// Before products: registers are as threads left them.
-__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Before products: registers are as threads left them. What follows is executed by whole warps, whose lanes waits and branches may have parted.
+__device__ inline void products_begin() {
+  __syncwarp();
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
