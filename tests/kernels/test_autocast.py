@@ -42,13 +42,14 @@ def test_float64_stays_float64_under_autocast():
 def test_every_attention_follows_autocast(name: str, folded: bool):
     switches = {"folded": folded} if name in ("emca", "emca_soft", "mask_pooling") else {}
     attention = build_attention(name, width=32, **switches)
-    queries, features, allowed = rows(2, 5, 32), rows(2, 20, 32), torch.rand(2, 5, 20) > 0.5
+    # one pixel each: in bfloat16 a close pair of pixels may swap
+    queries, features = rows(2, 5, 32), rows(2, 20, 32)
+    allowed = torch.nn.functional.one_hot(torch.randint(20, (2, 5)), 20).bool()
     exact = attention(queries, rows(2, 5, 32) * 0, features, None, allowed, shape=(4, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = attention(queries, rows(2, 5, 32) * 0, features, None, allowed, shape=(4, 5))
     assert found.shape == exact.shape
-    # a close pair of pixels may swap in bfloat16; most rows must agree
-    assert ((found - exact).abs().amax(-1) < 0.1).float().mean() > 0.5
+    torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.1)
 
 
 def test_pixel_decoder_stays_in_float32():
