@@ -72,6 +72,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emca-bench"
 
 
+def load_failure(recipe: Recipe) -> str | None:
+    """Why a library cannot be had, or None once it is loaded; builds it if it is not there."""
+    path = None
+    try:
+        path = built_library(recipe)
+        torch.ops.load_library(str(path))
+    except BuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot load {path}: {error}"
+    return None
+
+
 def built_library(recipe: Recipe) -> Path:
     """The path of the built library, built now if it is not there; other processes that want it wait for the first.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from emca_kernels.build import BuildError, built_library
+from emca_kernels.build import load_failure
 from emca_kernels.native.recipe import NATIVE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,14 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def unavailable() -> str | None:
     """Why the library is not there, or None; builds and loads it at the first call."""
-    try:
-        path: Path = built_library(NATIVE)
-        torch.ops.load_library(str(path))
-    except BuildError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot load {path}: {error}"
-    return None
+    return load_failure(NATIVE)
 
 
 def instruction_set() -> str:
