@@ -76,18 +76,18 @@ def _check_dtype(name: str, tensor: object, dtype: torch.dtype, expected: str) -
         raise TypeError(f"{name} must be a {expected}; found {found}")
 
 
-def check_position(position: Tensor | None, features: Tensor) -> Tensor | None:
-    """Check positions that broadcast to the features [B, P, C], and return them as [B, P, C]."""
+def check_position(position: Tensor | None, content: Tensor, name: str = "position", of: str = "features") -> Tensor | None:
+    """Check positions that broadcast to content [B, N, C], features or queries, and return them as [B, N, C]."""
     if position is None:
         return None
     if not isinstance(position, Tensor) or position.dim() < 2 or position.dim() > 3:
         found = list(position.shape) if isinstance(position, Tensor) else type(position).__name__
-        raise ValueError(f"position has shape {found}, expected [P, C] or [B, P, C] as the features {list(features.shape)}")
-    check_same("features", features, "position", position)
-    batch, pixels, width = features.shape
+        raise ValueError(f"{name} has shape {found}, expected [N, C] or [B, N, C] as the {of} {list(content.shape)}")
+    check_same(of, content, name, position)
+    batch, count, width = content.shape
     located = position if position.dim() == 3 else position[None]
-    check_shape("position", located, ("B", "P", "C"), {"B": 1 if len(located) == 1 else batch, "P": pixels, "C": width})
-    return position.expand_as(features)
+    check_shape(name, located, ("B", "N", "C"), {"B": 1 if len(located) == 1 else batch, "N": count, "C": width})
+    return position.expand_as(content)
 
 
 def check_same(first: str, one: Tensor, second: str, other: Tensor) -> None:

@@ -9,6 +9,7 @@ import emca_kernels  # noqa: F401
 import pytest
 import torch
 from emca_kernels import pool_prototypes, select_prototypes
+from emca_kernels.emca_attention.arguments import SELECTIONS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +32,23 @@ def test_opcheck(backend: str | None, parts: str) -> None:
     pooled, logsumexp = torch.ops.emca.pool_prototypes(features, asked, mask, None, place, 2, backend)
     arguments = (torch.randn_like(pooled), features, asked, mask, place, pooled, logsumexp)
     torch.library.opcheck(torch.ops.emca.pool_prototypes_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("parts", ["all", "least"])
+def test_opcheck_of_the_whole_layer(parts: str, selection: str, backend: str | None) -> None:
+    # float64, because opcheck asks for more digits than sums in another order agree on
+    features, asked, allowed, position = inputs(dtype=torch.float64)
+    mask = allowed if parts == "all" or selection == "mean" else None
+    places = (position, torch.randn_like(asked)) if parts == "all" else (None, None)
+    shapes = ((8, 8), (8,), (8, 8), (8,), (8, 8), (8,), (8,), (8, 8), (8,))
+    parameters = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    scale = torch.tensor(0.5, dtype=torch.float64) if parts == "all" and selection == "softmax" else None
+    arguments = (features, asked, mask, None, *places, *parameters, scale, selection, "projected")
+    torch.library.opcheck(torch.ops.emca.emca_attention.default, (*arguments, backend))
+    updated, rows, kept = torch.ops.emca.emca_attention(*arguments, backend)
+    torch.library.opcheck(torch.ops.emca.emca_attention_backward.default, (torch.randn_like(updated), rows, kept, *arguments))
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -83,7 +101,7 @@ def test_a_model_is_exported() -> None:
     module = Logits()
     exported = torch.export.export(module, (images,))
     graphs = [part.graph for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
-    assert any("emca.select_prototypes" in str(node.target) for graph in graphs for node in graph.nodes)
+    assert any("emca.emca_attention" in str(node.target) for graph in graphs for node in graph.nodes)
     for one, other in zip(exported.module()(images), module(images), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from emca_kernels import attend_prototypes, pool_prototypes, select_prototypes
+from emca_kernels import Projections, attend_prototypes, emca_attention, pool_prototypes, select_prototypes
 from emca_kernels.attend_prototypes.op import NORM_AXES
 from emca_kernels.backends import known_backends
+from emca_kernels.emca_attention.arguments import SELECTIONS as SELECTIONS_AT_ONCE
 from emca_kernels.masks import allow_everywhere_if_empty
 from torch import Tensor, nn
 
@@ -147,6 +148,8 @@ class EMCA(CrossAttention):
         source_BPC, position_BPC = features, feature_pos if self.positions else None
         if self.local_conv is not None:
             source_BPC, position_BPC = self.local_conv(with_position(features, position_BPC), shape), None
+        if self._is_one_operator(features.shape[1], queries.shape[1]):
+            return self._attend_at_once(queries, query_pos if self.positions else None, source_BPC, position_BPC, allowed)
         projected_BQD = self.query_projection(located if self.query_norm is None else self.query_norm(located))
         compared_BQD = F.normalize(projected_BQD, dim=-1) if self.normalize_keys else projected_BQD
 
@@ -166,6 +169,40 @@ class EMCA(CrossAttention):
             backend=self.tail_backend,
         )
         return update + (projected_BQD if self.residual == "projected" else queries)
+
+    def _is_one_operator(self, pixels: int, queries: int) -> bool:
+        """Whether `emca_attention` is this very layer."""
+        plain = (
+            self.heads == self.prototypes == 1 and self.query_norm is None and self.norm_axis == "row" and self.empty_mask == "everywhere"
+        )
+        served = self.backend is None or self.backend in known_backends("emca_attention")
+        return plain and served and self.selection in SELECTIONS_AT_ONCE and self._folds(pixels, queries)
+
+    def _attend_at_once(
+        self, queries: Tensor, query_pos: Tensor | None, source_BPC: Tensor, position_BPC: Tensor | None, allowed: Tensor | None
+    ) -> Tensor:
+        return emca_attention(
+            source_BPC,
+            queries,
+            _mask_or_full(allowed, source_BPC, queries) if self.selection == "mean" else allowed,
+            Projections(
+                self.query_projection.weight,
+                self.query_projection.bias,
+                self.key_projection.weight,
+                self.key_projection.bias,
+                self.product_projection.weight,
+                self.product_projection.bias,
+                self.alpha,
+                self.out_projection.weight,
+                self.out_projection.bias,
+            ),
+            position=position_BPC,
+            query_position=query_pos,
+            scale=self.log_scale.exp() if self.selection == "softmax" else None,
+            selection=self.selection,
+            residual=self.residual,
+            backend=self.backend,
+        )
 
     def keys(self, source_BPC: Tensor) -> Tensor:
         """Projected and, where the switch says so, normalised keys [B, P, D]."""

@@ -23,7 +23,10 @@ def attend_prototypes(
     """See `emca_kernels.attend_prototypes`."""
     product_BQD = F.linear(queries_BQD * prototypes_BQD, product_weight_DD, product_bias_D)
     norm = torch.linalg.vector_norm(product_BQD, dim=-1 if norm_axis == "row" else 1, keepdim=True)
-    # 1e-12 is zero in float16
-    smallest = max(EPSILON, torch.finfo(norm.dtype).tiny)
-    reweighted_BQD = alpha_D * product_BQD / norm.clamp(min=smallest) + prototypes_BQD
+    reweighted_BQD = alpha_D * product_BQD / norm.clamp(min=smallest_norm(norm.dtype)) + prototypes_BQD
     return F.linear(reweighted_BQD, out_weight_CD, out_bias_C)
+
+
+def smallest_norm(dtype: torch.dtype) -> float:
+    """What a norm is clamped to: 1e-12, which is zero in float16."""
+    return max(EPSILON, torch.finfo(dtype).tiny)
