@@ -108,7 +108,8 @@ def run(
         for task in _one_per_name(todo):
             worker.ask("check", task)
         write_atomically(folder / LOCK, dump_lock(whole))
-        _note_environment(folder / ENVIRONMENT, worker.environment, command)
+        if todo or not (folder / ENVIRONMENT).exists():
+            _note_environment(folder / ENVIRONMENT, worker.environment, command)
         with Progress([(task.measure, task.key) for task in todo]) as progress:
             for task in todo:
                 progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
