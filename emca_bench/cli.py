@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="run folder")
     sub.add_argument("--out", type=Path, help="folder of the report, the run folder by default")
     sub.add_argument("--readme", type=Path, help="update the generated blocks of this Markdown file too")
+    sub.add_argument("--accuracies", type=Path, metavar="RUN", help="run folder that --readme takes accuracies from, if it is another")
     sub.add_argument("--check", action="store_true", help="write nothing; exit 1 if files on disk differ from what would be rendered")
     sub = verb("compare", compare, "compare the latencies of two runs cell by cell")
     sub.add_argument("runs", type=Path, nargs=2, metavar="RUN")
@@ -260,14 +261,16 @@ def report(arguments: argparse.Namespace, argv: list[str]) -> int:
     from emca_bench.report.readme import update_readme
 
     out = arguments.out or arguments.run
+    if arguments.accuracies and not arguments.readme:
+        raise UsageError("--accuracies says where --readme takes accuracies from: give --readme too")
     if arguments.check:
-        stale = stale_files(arguments.run, out, readme=arguments.readme)
+        stale = stale_files(arguments.run, out, readme=arguments.readme, accuracy_dir=arguments.accuracies)
         for path in stale:
             print(f"differs from what would be rendered: {path}")
         return FAILED if stale else OK
     _render(arguments.run, out)
     if arguments.readme:
-        update_readme(arguments.readme, arguments.run)
+        update_readme(arguments.readme, arguments.run, arguments.accuracies)
         print(f"updated: {arguments.readme}")
     return OK
 

@@ -9,7 +9,7 @@ from emca_bench.report.build import report_files
 from emca_bench.report.readme import updated_readme
 
 
-def stale_files(run_dir: Path, out_dir: Path, *, readme: Path | None = None) -> list[Path]:
+def stale_files(run_dir: Path, out_dir: Path, *, readme: Path | None = None, accuracy_dir: Path | None = None) -> list[Path]:
     """Files of a report, and its README, that are missing or differ from what would be rendered now; writes nothing.
 
     Raises:
@@ -17,7 +17,7 @@ def stale_files(run_dir: Path, out_dir: Path, *, readme: Path | None = None) -> 
     """
     expected = {out_dir / name: content for name, content in report_files(run_dir).items()}
     if readme is not None:
-        expected[readme] = updated_readme(readme, run_dir).encode()
+        expected[readme] = updated_readme(readme, run_dir, accuracy_dir).encode()
     return [path for path, content in expected.items() if _content(path) != content]
 
 

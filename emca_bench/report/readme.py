@@ -66,8 +66,13 @@ def update_blocks(text: str, blocks: Mapping[str, str]) -> str:
     return "".join(parts) + text[position:]
 
 
-def updated_readme(path: Path, run_dir: Path) -> str:
+def updated_readme(path: Path, run_dir: Path, accuracy_dir: Path | None = None) -> str:
     """The text of a README with its headline block made anew from a run folder; writes nothing.
+
+    Args:
+        path: of the README.
+        run_dir: the run folder.
+        accuracy_dir: another one, that accuracies are taken from.
 
     Raises:
         UsageError: no such file, markers that do not pair up or are unknown, or no run folder.
@@ -77,24 +82,24 @@ def updated_readme(path: Path, run_dir: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     try:
-        return update_blocks(text, {HEADLINE: readme_block(load_run(run_dir))})
+        return update_blocks(text, {HEADLINE: readme_block(load_run(run_dir), load_run(accuracy_dir) if accuracy_dir else None)})
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
-def update_readme(path: Path, run_dir: Path) -> None:
+def update_readme(path: Path, run_dir: Path, accuracy_dir: Path | None = None) -> None:
     """Write the headline block of a README, between `<!-- emca:begin headline -->` and `<!-- emca:end headline -->`.
 
     Raises:
         UsageError: as `updated_readme`; the file is left as it was.
     """
-    write_atomically(path, updated_readme(path, run_dir))
+    write_atomically(path, updated_readme(path, run_dir, accuracy_dir))
 
 
-def readme_block(run: Run) -> str:
-    """The headline table as Markdown, with the conditions it holds under in one line."""
+def readme_block(run: Run, trained: Run | None = None) -> str:
+    """The headline table as Markdown, with the conditions it holds under in one line; accuracies from `trained` where it is given."""
     group = next((group for group in attention_groups(run) if any(row.latency_ms for row in group.rows)), None)
-    accuracy = [entry for entry in accuracy_groups(run) if entry.measured][:2]
+    accuracy = [entry for entry in accuracy_groups(trained or run) if entry.measured][:2]
     if group is None and not accuracy:
         return "Nothing has been measured yet."
     columns = [Column("Cross-attention")]
@@ -108,7 +113,7 @@ def readme_block(run: Run) -> str:
         if name in measured:
             cells = _speed_cells(group, name, most) if group else []
             rows.append([Value(label(name)), *cells, *(_accuracy_cell(entry, name) for entry in accuracy)])
-    return f"{table(Table(columns, rows))}\n\n{_conditions(run, group, accuracy)}"
+    return f"{table(Table(columns, rows))}\n\n{_conditions(run, group, accuracy, trained)}"
 
 
 def _speed_columns(group: SpeedGroup) -> list[Column]:
@@ -140,7 +145,7 @@ def _accuracy_cell(group: AccuracyGroup, name: str) -> Value:
     return Value(NOTHING if entry is None or entry.score is None else numbers.points(entry.score))
 
 
-def _conditions(run: Run, group: SpeedGroup | None, accuracy: list[AccuracyGroup]) -> str:
+def _conditions(run: Run, group: SpeedGroup | None, accuracy: list[AccuracyGroup], trained: Run | None) -> str:
     identity = run.environment.identity
     machine = [str(identity[name]) for name in ("gpu", "cpu") if identity.get(name)]
     machine += [numbers.plural(int(identity["threads"]), "thread")] if identity.get("threads") else []
@@ -160,5 +165,7 @@ def _conditions(run: Run, group: SpeedGroup | None, accuracy: list[AccuracyGroup
         )
     quick = ["quick run, not to be cited"] if run.quick else []
     text = "; ".join(part for part in [*quick, *parts] if part)
-    command = f". Command: {inline(Code(run.environment.command))}" if run.environment.command else "."
-    return f"{escape(text)}{command}"
+    sources = [f"Command: {inline(Code(run.environment.command))}"] if run.environment.command else []
+    if trained is not None and trained.environment.command:
+        sources.append(f"accuracies: {inline(Code(trained.environment.command))}, source {trained.environment.identity.get('source', NOTHING)}")
+    return f"{escape(text)}. {'; '.join(sources)}".strip()

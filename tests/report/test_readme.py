@@ -72,6 +72,16 @@ def test_headline_with_accuracy_alone(make_run, synthetic):
     assert block.startswith("| Cross-attention | mIoU on scenes | mIoU on camvid |")
 
 
+def test_speed_and_accuracy_may_come_from_two_runs(make_run, synthetic):
+    speed, trained = load_run(make_run([synthetic.attention_study()])), load_run(make_run([synthetic.accuracy_study()]))
+    block = readme_block(speed, trained)
+    head = next(line for line in block.splitlines() if line.startswith("| Cross-attention"))
+    assert "GMACs" in head
+    assert "mIoU on camvid" in head
+    assert block.splitlines()[2].count("|") == head.count("|")
+    assert "accuracies: `" in block.splitlines()[-1]
+
+
 def test_update_readme_and_check_agree(make_run, synthetic, tmp_path):
     folder = make_run([synthetic.flops_study()])
     render(folder)
