@@ -167,5 +167,6 @@ def _conditions(run: Run, group: SpeedGroup | None, accuracy: list[AccuracyGroup
     text = "; ".join(part for part in [*quick, *parts] if part)
     sources = [f"Command: {inline(Code(run.environment.command))}"] if run.environment.command else []
     if trained is not None and trained.environment.command:
-        sources.append(f"accuracies: {inline(Code(trained.environment.command))}, source {trained.environment.identity.get('source', NOTHING)}")
+        source = trained.environment.identity.get("source", NOTHING)
+        sources.append(f"accuracies: {inline(Code(trained.environment.command))}, source {source}")
     return f"{escape(text)}. {'; '.join(sources)}".strip()

@@ -40,11 +40,15 @@ def test_verbs_and_flags_are_frozen():
         "validate": [],
         "plan": study,
         "run": sorted([*study, "--device", "--threads"]),
-        "report": ["--check", "--out", "--readme"],
+        "report": ["--accuracies", "--check", "--out", "--readme"],
         "compare": [],
         "convert": ["--names"],
         "env": ["--device"],
     }
+
+
+def test_accuracies_are_for_a_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert "give --readme too" in complaint(capsys, "report", tmp_path, "--accuracies", tmp_path)
 
 
 def test_unknown_study(capsys: pytest.CaptureFixture[str]):
