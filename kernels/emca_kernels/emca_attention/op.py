@@ -10,14 +10,16 @@ from torch import Tensor
 from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
 from emca_kernels.checks import check_mask, check_position, check_same, check_tensor
-from emca_kernels.emca_attention import reference
+from emca_kernels.emca_attention import native, reference
 from emca_kernels.emca_attention.arguments import RESIDUALS, SELECTIONS, Attended, Projections
 from emca_kernels.emca_attention.backward import backward
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
+from emca_kernels.native import library
 from emca_kernels.registration import register_operator
 from emca_kernels.select_prototypes.op import MAX_PIXELS
 
 register_backend("emca_attention", Backend("reference", reference.emca_attention, serves_all))
+register_backend("emca_attention", Backend("native", native.emca_attention, library.refuses))
 
 _PARAMETERS = ", ".join(f"Tensor {name.rsplit('_', 1)[0]}" for name in Projections._fields)
 _SIGNATURE = (

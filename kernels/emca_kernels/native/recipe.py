@@ -12,6 +12,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"base": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ("-mavx2", "-mfma")
     INSTRUCTION_SETS["avx512"] = (*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")), "-mfma", "-mprefer-vector-width=512")
+    INSTRUCTION_SETS["avx512bf16"] = (*INSTRUCTION_SETS["avx512"], "-mavx512bf16")
 
 
 class NativeRecipe(Recipe):
@@ -19,7 +20,7 @@ class NativeRecipe(Recipe):
 
     name = "native"
     sources = Path(__file__).parent
-    seconds = 15
+    seconds = 20
 
     def find_compiler(self) -> str:
         """See `Recipe`."""
