@@ -112,12 +112,18 @@ typedef uint16_t Words __attribute__((vector_size(4 * W)));
 void allow(const uint8_t* rows, int64_t stride, int count, int64_t pixels, uint16_t* words) {
   uint16_t everything = 0;
   for (int i = 0; i < count; ++i) everything |= uint16_t(!__builtin_memchr(rows + i * stride, 1, pixels)) << i;
-  constexpr int LANES = 2 * W;
+  // a whole cache line of each row at a time: rows a power of two apart push one another out
+  constexpr int LINE = 64, LANES = 2 * W, AHEAD = 4 * LINE;
   int64_t p = 0;
-  for (; p + LANES <= pixels; p += LANES) {
-    Words bits = Words{} + everything;
-    for (int i = 0; i < count; ++i) bits |= __builtin_convertvector(read<Bytes>(rows + i * stride + p), Words) << i;
-    std::memcpy(words + p, &bits, sizeof bits);
+  for (; p + LINE <= pixels; p += LINE) {
+    Words bits[LINE / LANES];
+    for (Words& part : bits) part = Words{} + everything;
+    for (int i = 0; i < count; ++i) {
+      const uint8_t* row = rows + i * stride + p;
+      __builtin_prefetch(row + AHEAD);
+      for (int part = 0; part < LINE / LANES; ++part) bits[part] |= __builtin_convertvector(read<Bytes>(row + part * LANES), Words) << i;
+    }
+    std::memcpy(words + p, bits, sizeof bits);
   }
   for (; p < pixels; ++p) {
     words[p] = everything;

@@ -60,7 +60,7 @@ struct PairRows {
 
 // Adds products of R rows with V vectors of queries to sums in registers.
 template <int R, int V, class Source>
-inline void add_products(Floats (&sums)[R][V], const Source& source, const Packed& queries, int v, int p) {
+__attribute__((always_inline)) inline void add_products(Floats (&sums)[R][V], const Source& source, const Packed& queries, int v, int p) {
   const int steps = queries.channels / Source::CHANNELS;
   const float* lanes[V];
   for (int j = 0; j < V; ++j) lanes[j] = queries.data + int64_t(v + j) * steps * W;
