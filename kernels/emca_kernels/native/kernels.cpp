@@ -1,55 +1,23 @@
 // Compiled once per instruction set (ISA is its namespace), with vectors as wide as its registers.
 #include "kernels.h"
 
-#include <cstring>
-#include <initializer_list>
 #include <type_traits>
+
+#include "vectors.h"
 
 namespace emca::ISA {
 namespace {
 
 // Register blocks: ROWS[V] pixels by V vectors of queries (or of channels, in a pool) leave room for the operands.
 #if defined(__AVX512F__)
-constexpr int W = 16;  // lanes of a vector
 constexpr int ROWS[] = {0, 12, 12, 8, 6};
 constexpr int COLUMNS = 4;
 constexpr int POOL_ROWS = 8, POOL_COLUMNS = 3;
 #else
-#if defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
 constexpr int ROWS[] = {0, 8, 4, 4};
 constexpr int COLUMNS = 3;
 constexpr int POOL_ROWS = 4, POOL_COLUMNS = 3;
 #endif
-
-typedef float Floats __attribute__((vector_size(4 * W)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
-
-constexpr float INFINITE = __builtin_inff();
-
-inline Floats load(const float* from) {
-  Floats lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-inline void store(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
-
-inline Ints load(const int32_t* from) {
-  Ints lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-inline void store(int32_t* to, Ints lanes) { std::memcpy(to, &lanes, sizeof lanes); }
-
-// x - 0 is x, so that this is a broadcast and nothing else; 0 + x is not for x = -0
-inline Floats all(float value) { return value - Floats{}; }
-
-inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
 
 // Lanes of vector v that pixel p of the tile allows, as a comparison gives them.
 inline Ints allowed_lanes(const Tile& tile, int v, int p) {
@@ -59,31 +27,6 @@ inline Ints allowed_lanes(const Tile& tile, int v, int p) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) bit[i] = 1 << i;
   return ((Ints{} + bits) & bit) != 0;
-}
-
-inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float widen(const float* from) { return *from; }
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-inline float widen(const Bfloat16* from) { return as_float(uint32_t(from->bits) << 16); }
-
-struct Float16 {
-  uint16_t bits;
-};
-
-inline float widen(const Float16* from) {
-  const uint32_t sign = uint32_t(from->bits & 0x8000) << 16, rest = from->bits & 0x7fff;
-  if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // a power of two moves the exponent, subnormals included
-  return as_float(sign | __builtin_bit_cast(uint32_t, as_float(rest << 13) * 0x1p112f));
 }
 
 template <class T, bool located>
@@ -229,21 +172,6 @@ void scores(const Tile& tile, const Packed& queries, float* to) {
   tile.allowed ? scores_of<true>(tile, queries, to) : scores_of<false>(tile, queries, to);
 }
 
-// e^x for x <= 0, 2 ulp; 0 below the smallest normal number and for -infinity.
-inline Floats exponential(Floats x) {
-  const Ints vanishes = x < all(-87.f);
-  x = vanishes ? all(-87.f) : x;
-  const Floats shift = all(0x1.8p23f);
-  const Floats rounded = (x * all(1.44269504f) + shift) - shift;
-  const Floats rest = (x - rounded * all(0x1.62e4p-1f)) - rounded * all(0x1.7f7d1cp-20f);
-  Floats power = all(1.f / 5040);
-  for (const float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) power = power * rest + all(factor);
-  const Ints exponent = (__builtin_convertvector(rounded, Ints) + 127) << 23;
-  Floats scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return vanishes ? Floats{} : power * scale;
-}
-
 // Weights of a tile, and what they do to the sums so far: `shrink` [lanes] is what these are to be multiplied with.
 void weigh(const Tile& tile, int lanes, const float* scores, float* weights, const Pool& pool, float* shrink) {
   for (int lane = 0; lane < lanes; lane += W) {
@@ -331,8 +259,6 @@ float burst(int64_t rounds) {
 
 }  // namespace
 
-#define TEXT(name) #name
-#define NAME(name) TEXT(name)
 extern const Kernels kernels;
 const Kernels kernels{NAME(ISA), W, load_tile, pack, best, scores, pool, burst};
 

@@ -1,67 +1,29 @@
 // The operators: what is split over threads, and the boundary to torch (its stable interface only).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "host.h"
 
 namespace {
 
-using emca::Kernels, emca::Packed, emca::Pool, emca::Rows, emca::Tile, emca::Type;
+using emca::Buffer, emca::Kernels, emca::Packed, emca::Pool, emca::Rows, emca::Tile, emca::Type, emca::type_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr int32_t NOWHERE = std::numeric_limits<int32_t>::max();
 
-// What this CPU can run, the fastest first.
-std::vector<const Kernels*> able_kernels() {
-  std::vector<const Kernels*> able;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    able.push_back(&emca::avx512::kernels);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) able.push_back(&emca::avx2::kernels);
-#endif
-  able.push_back(&emca::base::kernels);
-  return able;
-}
-
-// The fastest, or the one that EMCA_ISA names.
-const Kernels& kernels() {
-  static const std::vector<const Kernels*> able = able_kernels();
-  const char* asked = std::getenv("EMCA_ISA");
-  if (!asked || !*asked) return *able.front();
-  std::string known;
-  for (const Kernels* kernels : able) {
-    if (!std::strcmp(kernels->name, asked)) return *kernels;
-    known += std::string(known.empty() ? "" : ", ") + kernels->name;
-  }
-  STD_TORCH_CHECK(false, "EMCA_ISA='", asked, "' is no instruction set of this CPU; known here: ", known);
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-  }
-}
+const Kernels& kernels() { return EMCA_SERVING(kernels); }
 
 // One head of one image of a tensor [B, N, C].
 Rows rows_of(const Tensor& tensor, int64_t image, int64_t first_channel) {
@@ -69,20 +31,6 @@ Rows rows_of(const Tensor& tensor, int64_t image, int64_t first_channel) {
   return {static_cast<const char*>(tensor.const_data_ptr()) + offset * int64_t(tensor.element_size()), type_of(tensor), tensor.stride(1),
           tensor.stride(2)};
 }
-
-// Vectors that start on a cache line: a load that straddles two costs twice.
-template <class T>
-struct Aligned {
-  using value_type = T;
-  Aligned() = default;
-  template <class U>
-  Aligned(const Aligned<U>&) {}
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
-  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t{64}); }
-  bool operator==(const Aligned&) const { return true; }
-};
-
-using Buffer = std::vector<float, Aligned<float>>;
 
 // What is asked for: sizes, tensors, queries packed once per problem (an image and a head), and which queries allow nothing.
 struct Call {
