@@ -143,9 +143,7 @@ def constants(shapes: tuple[tuple[int, int], ...], tokens: Tensor) -> tuple[Tens
 
 # two sizes, so that a landscape and its portrait both stay: at 1024x2048 each takes 44 MB
 @lru_cache(maxsize=2)
-def _constants(
-    shapes: tuple[tuple[int, int], ...], width: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _constants(shapes: tuple[tuple[int, int], ...], width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # kept tensors may be used in training later
     with torch.inference_mode(False), torch.no_grad():
         sine = torch.cat([sine_position(shape, width, device=device, dtype=dtype) for shape in shapes])

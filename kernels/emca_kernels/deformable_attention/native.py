@@ -5,19 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emca_kernels.deformable_attention.layout import reachable
 from emca_kernels.deformable_attention.reference import Shapes
-from emca_kernels.native import library
-
-OFFSETS = 2**31
-"""Offsets of pixels are 32-bit integers."""
-
-
-def refuses(value: Tensor, *others: Tensor | None) -> str | None:
-    """The reason why the native backend cannot serve tensors like these, or None."""
-    reason = library.refuses(value, *others)
-    if reason is None and value.numel() >= OFFSETS:
-        return f"{value.numel()} values, 2^31 or more"
-    return reason
 
 
 def deformable_attention(value_BPMd: Tensor, shapes: Shapes, locations_BQMLN2: Tensor, weights_BQMLN: Tensor) -> Tensor:
@@ -36,7 +25,7 @@ def deformable_attention_from_offsets(
 
 
 def _attend(value_BPMd: Tensor, shapes: Shapes, places: Tensor, weights: Tensor, reference: Tensor | None) -> Tensor:
-    arguments = _sampled(value_BPMd), _flat(shapes), _exact(places), _exact(weights), reference
+    arguments = reachable(value_BPMd), _flat(shapes), _exact(places), _exact(weights), reference
     return torch.ops.emca_native.deformable_attention(*arguments).flatten(2).to(value_BPMd.dtype)
 
 
@@ -44,15 +33,9 @@ def backward(
     gradient_BQC: Tensor, value_BPMd: Tensor, shapes: Shapes, locations_BQMLN2: Tensor, weights_BQMLN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights; the same bits for any number of threads."""
-    given = _sampled(value_BPMd), _flat(shapes), _exact(locations_BQMLN2), _exact(weights_BQMLN)
+    given = reachable(value_BPMd), _flat(shapes), _exact(locations_BQMLN2), _exact(weights_BQMLN)
     of_value, of_locations, of_weights = torch.ops.emca_native.deformable_attention_backward(_exact(gradient_BQC), *given)
     return of_value.to(value_BPMd.dtype), of_locations.to(locations_BQMLN2.dtype), of_weights.to(weights_BQMLN.dtype)
-
-
-def _sampled(value_BPMd: Tensor) -> Tensor:
-    """Channels next to each other; pixels and heads may lie anywhere that 32-bit offsets reach."""
-    close = value_BPMd.stride(3) == 1 and value_BPMd.shape[1] * value_BPMd.stride(1) < OFFSETS
-    return value_BPMd if close else value_BPMd.contiguous()
 
 
 def _exact(tensor: Tensor) -> Tensor:

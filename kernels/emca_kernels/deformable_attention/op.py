@@ -14,17 +14,28 @@ from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
 from emca_kernels.checks import check_same, check_tensor
 from emca_kernels.deformable_attention import native, reference
+from emca_kernels.deformable_attention.layout import too_many
 from emca_kernels.deformable_attention.reference import Shapes, locations_and_weights, sizes_of
+from emca_kernels.native import library
 from emca_kernels.registration import register_operator
 from emca_kernels.triton import runtime
 
 _TRITON = "emca_kernels.deformable_attention.triton_kernels"
 
+
+def _native_refuses(value: Tensor, *others: Tensor | None) -> str | None:
+    return library.refuses(value, *others) or too_many(value)
+
+
+def _triton_refuses(value: Tensor, *others: Tensor | None) -> str | None:
+    return runtime.refuses(value, *others) or too_many(value)
+
+
 register_backend("deformable_attention", Backend("reference", reference.deformable_attention, serves_all))
-register_backend("deformable_attention", Backend("native", native.deformable_attention, native.refuses))
+register_backend("deformable_attention", Backend("native", native.deformable_attention, _native_refuses))
 register_backend(
     "deformable_attention",
-    Backend("triton", runtime.lazily(_TRITON, "deformable_attention"), runtime.refuses, runtime.refuses_unasked),
+    Backend("triton", runtime.lazily(_TRITON, "deformable_attention"), _triton_refuses, runtime.refuses_unasked),
 )
 
 # a backend that is chosen for `deformable_attention` is chosen for all of these
