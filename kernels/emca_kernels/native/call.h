@@ -2,19 +2,15 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "host.h"
 
 namespace emca {
 namespace {
@@ -23,44 +19,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for, torch::stable::Tensor;
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-
-// What this CPU can run, the fastest first.
-std::vector<const Kernels*> able_kernels() {
-  std::vector<const Kernels*> able;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) able.push_back(&avx512bf16::kernels);
-    able.push_back(&avx512::kernels);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) able.push_back(&avx2::kernels);
-#endif
-  able.push_back(&base::kernels);
-  return able;
-}
-
-// The fastest, or the one that EMCA_ISA names.
-const Kernels& kernels() {
-  static const std::vector<const Kernels*> able = able_kernels();
-  const char* asked = std::getenv("EMCA_ISA");
-  if (!asked || !*asked) return *able.front();
-  std::string known;
-  for (const Kernels* kernels : able) {
-    if (!std::strcmp(kernels->name, asked)) return *kernels;
-    known += std::string(known.empty() ? "" : ", ") + kernels->name;
-  }
-  STD_TORCH_CHECK(false, "EMCA_ISA='", asked, "' is no instruction set of this CPU; known here: ", known);
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-  }
-}
 
 // One head of one image of a tensor [B, N, C].
 Rows rows_of(const Tensor& tensor, int64_t image, int64_t first_channel) {
@@ -104,7 +62,7 @@ struct Call {
 
   Call(const Tensor& features_, const std::optional<Tensor>& allowed_, const std::optional<Tensor>& position_, int64_t asked_,
        int64_t heads_)
-      : isa(kernels()), features(features_), allowed(allowed_), position(position_), images(features.size(0)), pixels(features.size(1)),
+      : isa(EMCA_SERVING(kernels)), features(features_), allowed(allowed_), position(position_), images(features.size(0)), pixels(features.size(1)),
         asked(asked_), heads(heads_), channels(features.size(2) / heads_), groups((asked + GROUP - 1) / GROUP), lanes(groups * GROUP),
         vectors(lanes / isa.width) {
     // a tile of floats stays in the second-level cache, small maps give every thread one; multiples of the kernels' blocks of rows

@@ -4,8 +4,6 @@
 #include "products.h"
 #include "vectors.h"
 
-#include <initializer_list>
-
 namespace emca::ISA {
 namespace {
 
@@ -107,7 +105,7 @@ void scores(const Tile& tile, const Packed& queries, float* to) {
 }
 
 typedef uint8_t Bytes __attribute__((vector_size(2 * W)));
-typedef uint16_t Words __attribute__((vector_size(4 * W)));
+typedef uint16_t MaskWords __attribute__((vector_size(4 * W)));
 
 void allow(const uint8_t* rows, int64_t stride, int count, int64_t pixels, uint16_t* words) {
   uint16_t everything = 0;
@@ -116,12 +114,12 @@ void allow(const uint8_t* rows, int64_t stride, int count, int64_t pixels, uint1
   constexpr int LINE = 64, LANES = 2 * W, AHEAD = 4 * LINE;
   int64_t p = 0;
   for (; p + LINE <= pixels; p += LINE) {
-    Words bits[LINE / LANES];
-    for (Words& part : bits) part = Words{} + everything;
+    MaskWords bits[LINE / LANES];
+    for (MaskWords& part : bits) part = MaskWords{} + everything;
     for (int i = 0; i < count; ++i) {
       const uint8_t* row = rows + i * stride + p;
       __builtin_prefetch(row + AHEAD);
-      for (int part = 0; part < LINE / LANES; ++part) bits[part] |= __builtin_convertvector(read<Bytes>(row + part * LANES), Words) << i;
+      for (int part = 0; part < LINE / LANES; ++part) bits[part] |= __builtin_convertvector(read<Bytes>(row + part * LANES), MaskWords) << i;
     }
     std::memcpy(words + p, bits, sizeof bits);
   }
@@ -129,21 +127,6 @@ void allow(const uint8_t* rows, int64_t stride, int count, int64_t pixels, uint1
     words[p] = everything;
     for (int i = 0; i < count; ++i) words[p] |= uint16_t(rows[i * stride + p] << i);
   }
-}
-
-// e^x for x <= 0, 2 ulp; 0 below the smallest normal number and for -infinity.
-inline Floats exponential(Floats x) {
-  const Ints vanishes = x < all(-87.f);
-  x = vanishes ? all(-87.f) : x;
-  const Floats shift = all(0x1.8p23f);
-  const Floats rounded = (x * all(1.44269504f) + shift) - shift;
-  const Floats rest = (x - rounded * all(0x1.62e4p-1f)) - rounded * all(0x1.7f7d1cp-20f);
-  Floats power = all(1.f / 5040);
-  for (const float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) power = power * rest + all(factor);
-  const Ints exponent = (__builtin_convertvector(rounded, Ints) + 127) << 23;
-  Floats scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return vanishes ? Floats{} : power * scale;
 }
 
 // Weights of a tile, and what they do to the sums so far: `shrink` [lanes] is what these are to be multiplied with.
@@ -235,8 +218,6 @@ float burst(int64_t rounds) {
 
 }  // namespace
 
-#define TEXT(name) #name
-#define NAME(name) TEXT(name)
 extern const Kernels kernels;
 const Kernels kernels{NAME(ISA), W, load_tile, pack, unpack, PAIR, allow, best, scores, pool, project, add, multiply, scale, reweigh, burst};
 

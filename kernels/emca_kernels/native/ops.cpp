@@ -12,17 +12,18 @@ namespace {
 
 // Multiply-adds of all threads with registers alone, for the roofline: returns how many were done.
 int64_t burst(int64_t rounds) {
+  const Kernels& kernels = EMCA_SERVING(kernels);
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<float> results(threads);
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) results[thread] = kernels().burst(rounds);
+    for (int64_t thread = begin; thread < end; ++thread) results[thread] = kernels.burst(rounds);
   });
   // read, so that the work cannot be left out
   const bool finite = std::isfinite(results[0]);
-  return finite ? threads * rounds * 16 * kernels().width : 0;
+  return finite ? threads * rounds * 16 * kernels.width : 0;
 }
 
-std::string instruction_set() { return kernels().name; }
+std::string instruction_set() { return EMCA_SERVING(kernels).name; }
 
 }  // namespace
 }  // namespace emca
