@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
-from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
+from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
 from emca_kernels.checks import as_large, as_mask, check_mask, check_position, check_same, check_tensor, once_per_signature
 from emca_kernels.emca_attention import native, reference
 from emca_kernels.emca_attention.arguments import RESIDUALS, SELECTIONS, Attended, Projections
@@ -181,6 +181,9 @@ def emca_attention(
     mask = as_mask(allowed)
     _check(features, queries, mask, position, query_position, scale, selection, residual, *parameters)
     position, query_position = as_large(position, features), as_large(query_position, queries)
+    if is_traced(backend):
+        given = (features, queries, allowed_of(mask), position, query_position, Projections(*parameters), scale)
+        return reference.emca_attention(*given, selection=selection, residual=residual).queries_BQC
     arguments = (features, queries, *parts_of(mask), position, query_position, *parameters, scale, selection, residual, backend)
     differentiable = (features, queries, position, query_position, *parameters, scale)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):

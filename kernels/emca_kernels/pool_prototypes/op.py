@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
-from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
+from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
 from emca_kernels.checks import as_large, as_mask, check_divides, check_mask, check_position, check_same, check_tensor, once_per_signature
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
@@ -159,6 +159,8 @@ def pool_prototypes(
     mask = as_mask(allowed)
     _check(features, queries, mask, position, heads)
     position = as_large(position, features)
+    if is_traced(backend):
+        return reference.pool_prototypes(features, queries, allowed_of(mask), position, heads=heads)[0]
     parts = parts_of(mask)
     if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in (features, queries, position)):
         return _operator(features, queries, *parts, position, heads, backend)[0]

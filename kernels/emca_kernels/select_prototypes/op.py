@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
-from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
+from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
 from emca_kernels.checks import as_large, as_mask, check_divides, check_mask, check_position, check_same, check_tensor, once_per_signature
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
@@ -116,8 +116,11 @@ def select_prototypes(
     features, queries, position = follow_autocast(features, queries, position)
     mask = as_mask(allowed)
     _check(features, queries, mask, position, k, heads)
+    position = as_large(position, features)
+    if is_traced(backend):
+        return reference.select_prototypes(features, queries, allowed_of(mask), position, k=k, heads=heads)
     with torch.no_grad():
-        return _operator(features, queries, *parts_of(mask), as_large(position, features), k, heads, backend)
+        return _operator(features, queries, *parts_of(mask), position, k, heads, backend)
 
 
 @once_per_signature
