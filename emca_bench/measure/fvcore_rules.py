@@ -2,7 +2,7 @@
 
 fvcore counts norms, resizes and samples, and drops operators that it does not know: the scores of masked attention in
 `nn.MultiheadAttention` (`baddbmm`), all of `scaled_dot_product_attention`, and operators of other libraries, `emca_kernels` among
-them. It counts multiply-adds and calls them flops. Its trace also leaves out what no result depends on, such as the class heads of
+them; deformable attention is counted as the samples that it stands for. It counts multiply-adds and calls them flops. Its trace also leaves out what no result depends on, such as the class heads of
 earlier layers in evaluation; that is counted here.
 
 Source: fvcore 0.1.5, `fvcore.nn.FlopCountAnalysis` with its default handles.
@@ -56,6 +56,9 @@ ADDED: dict[Any, Callable[..., int]] = {
 }
 """Operators that fvcore counts and torch's counter does not, in evaluation mode."""
 
+SAMPLES = ("deformable_attention", "deformable_attention_from_offsets")
+"""Own operators that fvcore would know as `grid_sample`, four multiply-adds a sample; their own formulas say the same."""
+
 
 class FvcoreRules(TorchFunctionMode):
     """Counts a call as fvcore does.
@@ -67,7 +70,8 @@ class FvcoreRules(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        foreign = {packet: self._dropping(packet) for packet in flop_registry if str(packet).startswith("emca.")}
+        own = [packet for packet in flop_registry if str(packet).startswith("emca.") and packet.__name__ not in SAMPLES]
+        foreign = {packet: self._dropping(packet) for packet in own}
         rules = {**ADDED, **foreign, aten.bmm: self._bmm, aten.baddbmm: self._baddbmm}
         # the counter looks up packets, but takes an operator apart unless its overload is known
         whole = {getattr(packet, name): rule for packet, rule in rules.items() for name in packet.overloads()}

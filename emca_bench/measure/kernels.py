@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from emca_kernels import pool_prototypes, select_prototypes
+from emca_kernels import Projections, emca_attention, pool_prototypes, select_prototypes
 from emca_kernels.backends import Backend, backend_named, known_backends
 from emca_kernels.native import library
 from emca_kernels.specs import FORWARD, FORWARD_BACKWARD, SPECS, Sizes
@@ -18,7 +18,11 @@ from emca_bench.errors import UsageError, did_you_mean, listing
 from emca_bench.measure.inputs import ImpossibleError, Maker
 from emca_bench.specs import CEILINGS, MASKS, Arm, parse_size
 
-OPERATORS: dict[str, Callable[..., Any]] = {"select_prototypes": select_prototypes, "pool_prototypes": pool_prototypes}
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "select_prototypes": select_prototypes,
+    "pool_prototypes": pool_prototypes,
+    "emca_attention": emca_attention,
+}
 
 SWITCHES = ("backend", "bare")
 """backend: who serves the operator. bare: its implementation alone, without checks, choice and the operator's boundary."""
@@ -58,10 +62,11 @@ def kernel_call(arm: Arm, params: Mapping[str, Any], maker: Maker) -> tuple[Call
         # into memory that is there already: the rival at its best
         scores = features.new_empty(sizes.batch, sizes.queries, sizes.pixels)
         return partial(torch.bmm, queries, features.mT, out=scores), work
-    forward = _forward(spec.name, arm, features, queries, allowed)
+    parameters = [maker.normal(*array.shape).div_(sizes.width**0.5) for array in spec.parameters(sizes).values()]
+    forward = _forward(spec.name, arm, features, queries, allowed, parameters)
     if pass_ == FORWARD:
         return forward, work
-    return with_backward(forward, [features.requires_grad_(), queries.requires_grad_()], maker.normal), work
+    return with_backward(forward, [tensor.requires_grad_() for tensor in (features, queries, *parameters)], maker.normal), work
 
 
 def with_backward(
@@ -81,19 +86,25 @@ def with_backward(
     return call
 
 
-def _forward(op: str, arm: Arm, features: Tensor, queries: Tensor, allowed: Tensor | None) -> Callable[[], Any]:
+def _forward(op: str, arm: Arm, features: Tensor, queries: Tensor, allowed: Tensor | None, parameters: list[Tensor]) -> Callable[[], Any]:
     name = arm.switches.get("backend")
     backend = None if name is None else str(name)
     if not arm.switches.get("bare"):
-        return partial(OPERATORS[op], features, queries, allowed, backend=backend)
+        projections = [Projections(*parameters)] if parameters else []
+        return partial(OPERATORS[op], features, queries, allowed, *projections, backend=backend)
     served = backend_named(op, str(backend))
     refusal = served.refuses(features, queries, allowed)
     if refusal:
         raise ImpossibleError(f"backend {backend!r} of {op}: {refusal}")
-    return _bare(op, served, features, queries, allowed)
+    return _bare(op, served, features, queries, allowed, parameters)
 
 
-def _bare(op: str, served: Backend, features: Tensor, queries: Tensor, allowed: Tensor | None) -> Callable[[], Any]:
+def _bare(
+    op: str, served: Backend, features: Tensor, queries: Tensor, allowed: Tensor | None, parameters: list[Tensor]
+) -> Callable[[], Any]:
+    if op == "emca_attention":
+        rest = (None, None, Projections(*parameters), None)
+        return partial(served.implementation, features, queries, allowed, *rest, selection="argmax", residual="projected")
     options = {"k": 1, "heads": 1} if op == "select_prototypes" else {"heads": 1}
     return partial(served.implementation, features, queries, allowed, None, **options)
 

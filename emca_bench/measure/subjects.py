@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from emca_kernels.specs import FORWARD
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from emca_bench.errors import UsageError, did_you_mean, listing
 from emca_bench.inference import semantic
 from emca_bench.measure.inputs import DTYPES, ImpossibleError, Maker
 from emca_bench.measure.kernels import Work, check_kernel, kernel_call, with_backward
-from emca_bench.models import CrossAttention, build_attention, build_model
+from emca_bench.measure.rivals import build_measured
+from emca_bench.models import CrossAttention, build_model
 from emca_bench.models.mask2former import SIZE_DIVISIBILITY
 from emca_bench.specs import Arm, parse_size
 
+COMPILE = "compile"
+"""Switch of an arm of scope attention: its module goes through torch.compile. Forward only."""
 DECODER_STRIDES = (32, 16, 8)
 
 MODEL_OVERRIDES = ("queries", "width", "layers", "mask_source", "pretrained", "frozen")
@@ -82,15 +86,23 @@ def _attention_subject(arm: Arm, params: Mapping[str, Any], maker: Maker) -> Sub
     shape = parse_size(str(params["pixels"]), what="parameter 'pixels'")
     pixels, batch, queries, width = shape[0] * shape[1], int(params["batch"]), int(params["queries"]), int(params["width"])
     torch.manual_seed(maker.seed)
-    module = maker.place(build_attention(arm.attention, width=width, **dict[str, Any](arm.switches)))
+    switches = dict[str, Any](arm.switches)
+    compiled = switches.pop(COMPILE, False)
+    module = maker.place(build_measured(arm.attention, width=width, **switches))
     if getattr(module, "prototypes", 1) > pixels:
         raise ImpossibleError(f"K={module.prototypes} prototypes from P={pixels} pixels")
     inputs = maker.normal(batch, queries, width), maker.normal(1, queries, width)
     level = maker.normal(batch, pixels, width), maker.normal(1, pixels, width)
     allowed = maker.mask(batch, queries, pixels, share=float(params.get("allowed", 1.0)))
 
+    attend = module
+    if compiled and maker.device != "meta":
+        if params.get("pass", FORWARD) != FORWARD:
+            raise ImpossibleError("compiled arms run forward only")
+        attend = _compiled(module, (*inputs, *level, allowed), shape)
+
     def call() -> Tensor:
-        return module(*inputs, *level, allowed, shape=shape)
+        return attend(*inputs, *level, allowed, shape=shape)
 
     if params.get("pass", FORWARD) == FORWARD:
         return Subject(module, call, (pixels,), queries, batch)
@@ -98,6 +110,17 @@ def _attention_subject(arm: Arm, params: Mapping[str, Any], maker: Maker) -> Sub
     kept = (level[0].requires_grad_(), *module.parameters())
     trained = with_backward(call, [*kept, inputs[0].requires_grad_()], maker.normal)
     return Subject(module, trained, (pixels,), queries, batch, kept=kept)
+
+
+def _compiled(module: nn.Module, inputs: tuple[Any, ...], shape: tuple[int, int]) -> Any:
+    """The module through torch.compile, compiled here and now for these inputs."""
+    attend = torch.compile(module, dynamic=False)
+    try:
+        with torch.inference_mode():
+            attend(*inputs, shape=shape)
+    except BackendCompilerFailed as error:
+        raise ImpossibleError(f"torch.compile: {' '.join(str(error).splitlines()[:2])}") from error
+    return attend
 
 
 def model_overrides(arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +174,8 @@ def check_arm(arm: Arm, params: Mapping[str, Any]) -> None:
         if params["scope"] == "kernel":
             check_kernel(arm, params)
         elif params["scope"] == "attention":
-            build_attention(arm.attention, width=int(params["width"]), **dict[str, Any](arm.switches))
+            switches = {name: value for name, value in arm.switches.items() if name != COMPILE}
+            build_measured(arm.attention, width=int(params["width"]), **dict[str, Any](switches))
         else:
             overrides = model_overrides(arm, params)
             if "pretrained" in overrides:

@@ -77,6 +77,11 @@ def choose_backend(op: str, *tensors: Tensor | None, asked: str | None = None) -
     return backend, reason
 
 
+def is_traced(asked: str | None) -> bool:
+    """Whether a compiler is to see the definition instead of an operator: it is tracing, and the reference was asked for by name."""
+    return asked == "reference" and torch.compiler.is_compiling()
+
+
 def _choose(op: str, *tensors: Tensor | None, asked: str | None) -> tuple[Backend, str]:
     if op not in _BACKENDS:
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(sorted(_BACKENDS))}")

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
 from emca_kernels.masks import BoolMask, EmbeddingMask, LogitMask, Mask, PackedMask
+
+MOST_SIGNATURES = 4096
+
+
+def once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
+    """A check that depends on shapes, dtypes and devices alone, run once for each combination of them.
+
+    A model calls an operator with the same few signatures over and over; the checks of a call cost more than the call itself may.
+    """
+    passed: set[Any] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        signature = tuple([_signature(argument) for argument in arguments])
+        try:
+            if signature in passed:
+                return None
+        except TypeError:
+            # a size that is a symbol, or an argument of a wrong type
+            return check(*arguments)
+        check(*arguments)
+        if len(passed) >= MOST_SIGNATURES:
+            passed.clear()
+        passed.add(signature)
+        return None
+
+    return checked
+
+
+def _signature(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    if isinstance(argument, Mask):
+        return type(argument), *(_signature(part) for part in vars(argument).values())
+    return argument
 
 
 def check_tensor(name: str, tensor: object, dims: Sequence[str], sizes: dict[str, int]) -> None:
@@ -40,14 +79,19 @@ def check_shape(name: str, tensor: Tensor, dims: Sequence[str], sizes: dict[str,
     sizes.update(zip(dims, shape, strict=True))
 
 
-def check_mask(allowed: Tensor | Mask | None, sizes: dict[str, int]) -> Mask | None:
-    """Check a mask, a bool tensor [B, Q, P] or one of `emca_kernels.masks`, against sizes B and P, and Q if it is known; as a `Mask`."""
+def as_mask(allowed: object) -> Any:
+    """A mask in one of the forms of `emca_kernels.masks`, in the dtype of autocast; anything else as it is, for `check_mask` to refuse."""
     if isinstance(allowed, Tensor):
-        allowed = BoolMask(allowed)
+        return BoolMask(allowed)
+    return EmbeddingMask(*follow_autocast(allowed.embedding_BQE, allowed.features_BPE)) if isinstance(allowed, EmbeddingMask) else allowed
+
+
+def check_mask(allowed: Mask | None, sizes: dict[str, int]) -> None:
+    """Check a mask from `as_mask` against sizes B and P, and Q if it is known; adds Q."""
     expected: dict[str, int] = {name: sizes[name] for name in ("B", "Q", "P") if name in sizes}
     match allowed:
         case None:
-            return None
+            return
         case BoolMask(tensor):
             _check_dtype("allowed", tensor, torch.bool, "bool tensor [B, Q, P], True = may be chosen")
             check_shape("allowed", tensor, ("B", "Q", "P"), expected)
@@ -59,15 +103,12 @@ def check_mask(allowed: Tensor | Mask | None, sizes: dict[str, int]) -> Mask | N
         case LogitMask(logits):
             check_tensor("logits_BQP", logits, ("B", "Q", "P"), expected)
         case EmbeddingMask(embedding, features):
-            embedding, features = follow_autocast(embedding, features)
             check_tensor("embedding_BQE", embedding, ("B", "Q", "E"), expected)
             check_tensor("features_BPE", features, ("B", "P", "E"), expected)
             check_same("embedding_BQE", embedding, "features_BPE", features)
-            allowed = EmbeddingMask(embedding, features)
         case _:
             raise TypeError(f"allowed must be a bool tensor [B, Q, P], True = may be chosen; found {type(allowed).__name__}")
     sizes.update(expected)
-    return allowed
 
 
 def _check_dtype(name: str, tensor: object, dtype: torch.dtype, expected: str) -> None:
@@ -76,10 +117,10 @@ def _check_dtype(name: str, tensor: object, dtype: torch.dtype, expected: str) -
         raise TypeError(f"{name} must be a {expected}; found {found}")
 
 
-def check_position(position: Tensor | None, content: Tensor, name: str = "position", of: str = "features") -> Tensor | None:
-    """Check positions that broadcast to content [B, N, C], features or queries, and return them as [B, N, C]."""
+def check_position(position: Tensor | None, content: Tensor, name: str = "position", of: str = "features") -> None:
+    """Check positions [N, C] or [B, N, C] that broadcast to content [B, N, C], features or queries."""
     if position is None:
-        return None
+        return
     if not isinstance(position, Tensor) or position.dim() < 2 or position.dim() > 3:
         found = list(position.shape) if isinstance(position, Tensor) else type(position).__name__
         raise ValueError(f"{name} has shape {found}, expected [N, C] or [B, N, C] as the {of} {list(content.shape)}")
@@ -87,7 +128,11 @@ def check_position(position: Tensor | None, content: Tensor, name: str = "positi
     batch, count, width = content.shape
     located = position if position.dim() == 3 else position[None]
     check_shape(name, located, ("B", "N", "C"), {"B": 1 if len(located) == 1 else batch, "N": count, "C": width})
-    return position.expand_as(content)
+
+
+def as_large(position: Tensor | None, content: Tensor) -> Tensor | None:
+    """Positions that passed `check_position` in the shape of their content, nothing copied."""
+    return position if position is None or position.shape == content.shape else position.expand_as(content)
 
 
 def check_same(first: str, one: Tensor, second: str, other: Tensor) -> None:

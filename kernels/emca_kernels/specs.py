@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 """Passes: the result alone, or the result and then the gradients of features and queries."""
@@ -52,6 +52,10 @@ class OpSpec:
     name: str
     products: Mapping[str, int]
     """By pass: how many times every pixel, query and channel meet in a multiply-add. A pass that is not there does not exist."""
+    projections: Mapping[str, int] = field(default_factory=dict)
+    """By pass: how many times every query meets a matrix [C, C]."""
+    parameters: Callable[[Sizes], Mapping[str, Array]] = lambda _: {}
+    """What it reads beside features, queries and mask."""
     results: Callable[[Sizes], Mapping[str, Array]]
     """What the operator writes, the differentiable one first."""
     tolerance: Mapping[str, float]
@@ -64,11 +68,13 @@ class OpSpec:
             "features": Array((batch, pixels, width), sizes.itemsize, differentiable=True),
             "queries": Array((batch, queries, width), sizes.itemsize, differentiable=True),
         }
-        return found | ({"allowed": Array((batch, queries, pixels), MASK_BYTES)} if sizes.masked else {})
+        masks = {"allowed": Array((batch, queries, pixels), MASK_BYTES)} if sizes.masked else {}
+        return found | masks | dict(self.parameters(sizes))
 
     def flops(self, sizes: Sizes, pass_: str = FORWARD) -> int:
         """Floating-point operations, two per multiply-add, masked pixels included."""
-        return 2 * self._products(pass_) * sizes.batch * sizes.pixels * sizes.queries * sizes.width
+        met = self._products(pass_) * sizes.pixels + self.projections.get(pass_, 0) * sizes.width
+        return 2 * met * sizes.batch * sizes.queries * sizes.width
 
     def bytes(self, sizes: Sizes, pass_: str = FORWARD) -> int:
         """Least traffic in bytes: every argument read once, every result written once."""
@@ -100,6 +106,18 @@ def _scores(sizes: Sizes) -> dict[str, Array]:
     return {"scores": Array((sizes.batch, sizes.queries, sizes.pixels), sizes.itemsize)}
 
 
+def _attended(sizes: Sizes) -> dict[str, Array]:
+    shape = (sizes.batch, sizes.queries, sizes.width)
+    queries = Array(shape, sizes.itemsize, differentiable=True)
+    return {"updated": queries, "rows": Array(shape, sizes.itemsize), "indices": Array(shape[:2], INDEX_BYTES)}
+
+
+def _layer_parameters(sizes: Sizes) -> dict[str, Array]:
+    matrix, vector = (Array((sizes.width,) * dims, sizes.itemsize, differentiable=True) for dims in (2, 1))
+    layers = {f"{name}_{kind}": array for name in ("query", "key", "product") for kind, array in (("weight", matrix), ("bias", vector))}
+    return layers | {"alpha": vector, "out_weight": matrix, "out_bias": vector}
+
+
 SELECT_PROTOTYPES = OpSpec(
     name="select_prototypes",
     # no gradient flows through a choice
@@ -114,6 +132,17 @@ POOL_PROTOTYPES = OpSpec(
     results=_pooled,
     tolerance={"float64": 1e-12, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
 )
+EMCA_ATTENTION = OpSpec(
+    name="emca_attention",
+    # one pixel per query: only the forward pass sees all pixels
+    products={FORWARD: 1, FORWARD_BACKWARD: 1},
+    # query, fold, key, product, out; backward: the first three but the fold again, and two gradients of each but the fold
+    projections={FORWARD: 5, FORWARD_BACKWARD: 16},
+    parameters=_layer_parameters,
+    results=_attended,
+    tolerance={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
+)
+"""The whole layer, D = C, choosing one pixel per query."""
 SCORES = OpSpec(
     name="scores",
     products={FORWARD: 1},
@@ -122,4 +151,4 @@ SCORES = OpSpec(
 )
 """The score matrix alone, as a bare batched matrix product: what selection saves writing."""
 
-SPECS = {spec.name: spec for spec in (SELECT_PROTOTYPES, POOL_PROTOTYPES, SCORES)}
+SPECS = {spec.name: spec for spec in (SELECT_PROTOTYPES, POOL_PROTOTYPES, EMCA_ATTENTION, SCORES)}

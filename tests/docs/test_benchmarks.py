@@ -30,7 +30,7 @@ def test_results_are_a_table_and_a_file(tmp_path: Path):
     assert "node" not in written["machine_info"]
     work = {entry["params"]["pass_"]: entry["extra_info"] for entry in written["benchmarks"] if "select" in entry["name"]}
     assert work["forward"]["flops"] == 2 * 256 * 100 * 256
-    assert len(written["benchmarks"]) == 3
+    assert len(written["benchmarks"]) == 5
 
 
 def test_a_wrong_operator_is_not_timed(tmp_path: Path):

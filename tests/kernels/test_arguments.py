@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emca_kernels import attend_prototypes, deformable_attention, deformable_conv, pool_prototypes, select_prototypes
+from emca_kernels import attend_prototypes, checks, deformable_attention, deformable_conv, pool_prototypes, select_prototypes
 from torch import Tensor
 
 
@@ -180,3 +180,26 @@ def test_deformable_conv(changes: dict[str, Any], error: type[Exception], messag
     }
     with pytest.raises(error, match=re.escape(message)):
         deformable_conv(**{**arguments, **changes})
+
+
+def test_what_passed_once_is_checked_again_where_it_differs() -> None:
+    """Checks run once per signature: neither an error nor a pass may stick to another call."""
+    for _ in range(2):
+        select_prototypes(features(), queries(), mask())
+        with pytest.raises(ValueError, match=r"queries has shape \[2, 3, 6\]"):
+            select_prototypes(features(), queries(2, 3, 6), mask())
+        with pytest.raises(ValueError, match="k=8 prototypes from P=7"):
+            select_prototypes(features(), queries(), mask(), k=8)
+        with pytest.raises(TypeError, match=re.escape(ALLOWED)):
+            select_prototypes(features(), queries(), mask(dtype=torch.uint8))
+        with pytest.raises(ValueError, match="queries is on meta"):
+            select_prototypes(features(), queries().to("meta"), mask())
+
+
+def test_signatures_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MOST_SIGNATURES", 3)
+    seen: list[int] = []
+    check = checks.once_per_signature(lambda tensor: seen.append(len(tensor)))
+    for length in (1, 1, 2, 3, 3, 4, 1, 4):
+        check(torch.zeros(length))
+    assert seen == [1, 2, 3, 4, 1]

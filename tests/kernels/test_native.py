@@ -11,7 +11,7 @@ from emca_kernels.native import library
 from emca_kernels.specs import POOL_PROTOTYPES, SELECT_PROTOTYPES
 from torch import Tensor
 
-INSTRUCTION_SETS = ("base", "avx2", "avx512")
+INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512bf16")
 PIXELS = (1, 7, 255, 1000, 4099)
 QUERIES = (1, 15, 37, 100, 130)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from emca_kernels import pool_prototypes, select_prototypes, specs
-from emca_kernels.specs import FORWARD, FORWARD_BACKWARD, POOL_PROTOTYPES, SCORES, SELECT_PROTOTYPES, SPECS, OpSpec, Sizes
+from emca_kernels import Projections, emca_attention, pool_prototypes, select_prototypes, specs
+from emca_kernels.specs import EMCA_ATTENTION, FORWARD, FORWARD_BACKWARD, POOL_PROTOTYPES, SCORES, SELECT_PROTOTYPES, SPECS, OpSpec, Sizes
 from torch.utils.flop_counter import FlopCounterMode
 
 SMALL = Sizes(batch=2, pixels=10, queries=3, width=4)
@@ -63,6 +63,24 @@ def test_flops_are_those_that_torch_counts() -> None:
         assert counter.get_total_flops() == POOL_PROTOTYPES.flops(sizes, FORWARD)
         pooled.sum().backward()
     assert counter.get_total_flops() == POOL_PROTOTYPES.flops(sizes, FORWARD_BACKWARD)
+
+
+def test_flops_of_the_layer_are_those_that_torch_counts() -> None:
+    """The sum over queries that share a pixel is what an implementation does beyond the specification."""
+    sizes = Sizes(batch=2, pixels=37, queries=5, width=8)
+    given = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in tensors(sizes, torch.float32).items()}
+    shapes = [array.shape for name, array in EMCA_ATTENTION.arguments(sizes).items() if name not in given]
+    parameters = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    with FlopCounterMode(display=False) as counter:
+        attended = emca_attention(*given.values(), Projections(*parameters))
+        assert counter.get_total_flops() == EMCA_ATTENTION.flops(sizes, FORWARD)
+        attended.sum().backward()
+    assert counter.get_total_flops() == EMCA_ATTENTION.flops(sizes, FORWARD_BACKWARD) + 2 * 2 * 5 * 5 * 8
+
+
+def test_bytes_of_the_layer_by_hand() -> None:
+    """Four matrices and five vectors of 4 channels: 336 bytes; updated queries and rows 96 each, indices 48."""
+    assert EMCA_ATTENTION.bytes(SMALL) == 320 + 96 + 60 + 4 * 64 + 5 * 16 + 96 + 96 + 48
 
 
 def test_a_choice_has_no_backward_pass() -> None:

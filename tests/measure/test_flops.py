@@ -59,4 +59,4 @@ def test_mask2former_r50_has_the_published_arithmetic(size: str, low: float, hig
     counted = count_macs(arm("masked"), params)
     assert low < counted["macs"] < high
     assert counted["parameters"] == pytest.approx(44.0e6, rel=0.005)
-    assert counted["uncounted"]["grid_sampler_2d"] == 18
+    assert "grid_sampler_2d" not in counted["uncounted"]

@@ -81,6 +81,15 @@ def test_forward_backward_of_an_operator_returns_its_gradients_even_in_inference
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_the_whole_layer_is_an_operator_with_parameters(seed: int) -> None:
+    layer = {**SELECT, "op": "emca_attention"}
+    bare = build_subject(arm(backend="reference", bare=True), layer, seed=seed).call()
+    assert torch.equal(build_subject(arm(backend="reference"), layer, seed=seed).call(), bare[0])
+    gradients = build_subject(arm(backend="reference"), {**layer, "pass": "forward_backward"}, seed=seed).call()
+    assert len(gradients) == 2 + 9
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("attention", ["masked", "masked_fused", "emca", "emca_soft"])
 def test_a_training_step_reaches_features_and_parameters_and_leaves_nothing_behind(attention: str) -> None:
     subject = build_subject(arm(attention), TRAINING, seed=0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -71,3 +73,34 @@ def test_missing_device_is_impossible():
 def test_wrong_names_are_found_without_measuring(wrong: Arm, params: dict[str, object], words: str):
     with pytest.raises(UsageError, match=words):
         check_arm(wrong, params)
+
+
+@pytest.mark.parametrize(("attention", "switches"), [("masked_fused", {}), ("emca", {"backend": "reference", "folded": False})])
+def test_a_compiled_arm_computes_the_same(attention: str, switches: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as it will be, without the minutes of a code generator."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    check_arm(arm(attention, compile=True, **switches), ATTENTION)
+    with torch.inference_mode():
+        found = build_subject(arm(attention, compile=True, **switches), ATTENTION, seed=3).call()
+        torch.testing.assert_close(found, build_subject(arm(attention, **switches), ATTENTION, seed=3).call())
+
+
+def test_a_compiled_arm_runs_forward_only() -> None:
+    with pytest.raises(ImpossibleError, match="compiled arms run forward only"):
+        build_subject(arm("masked_fused", compile=True), {**ATTENTION, "pass": "forward_backward"}, seed=0)
+
+
+def test_a_compiler_that_fails_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    with pytest.raises(ImpossibleError, match="no C\\+\\+ compiler"):
+        build_subject(arm("masked_fused", compile=True), ATTENTION, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # right, and slow
+def test_flex_attention_computes_the_same() -> None:
+    with torch.inference_mode():
+        found, fused = (build_subject(arm(name), ATTENTION, seed=3).call() for name in ("masked_flex", "masked_fused"))
+    torch.testing.assert_close(found, fused)

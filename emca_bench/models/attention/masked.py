@@ -58,9 +58,11 @@ class MaskedCrossAttention(nn.MultiheadAttention, CrossAttention):
             F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip((queries, keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         )
+        return self.out_proj(self._attend_heads(q_BMQd, k_BMPd, v_BMPd, allowed).transpose(1, 2).flatten(2))
+
+    def _attend_heads(self, q_BMQd: Tensor, k_BMPd: Tensor, v_BMPd: Tensor, allowed: Tensor | None) -> Tensor:
         mask = None if allowed is None else allowed[:, None]
-        attended_BMQd = F.scaled_dot_product_attention(q_BMQd, k_BMPd, v_BMPd, attn_mask=mask)
-        return self.out_proj(attended_BMQd.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q_BMQd, k_BMPd, v_BMPd, attn_mask=mask)
 
     def macs(self, *, pixels: int, queries: int) -> int:
         """Keys, values and two products with the pixels; two projections of the queries."""

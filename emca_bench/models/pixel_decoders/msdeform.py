@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from emca_kernels import deformable_attention
+from emca_kernels import deformable_attention_from_offsets
 from torch import Tensor, nn
 
 from emca_bench.models.backbones.base import LEVELS
 from emca_bench.models.pixel_decoders.base import PIXEL_DECODERS, PixelDecoder, PixelFeatures
 from emca_bench.models.pixel_decoders.layers import conv_norm, group_norm32, mask_projection, upsample_to
 from emca_bench.models.position import sine_position
+from emca_bench.models.projection import infers_on_cpu, project
 
 TRANSFORMER_LEVELS = ("res5", "res4", "res3")
+
+BLOCK_TOKENS = 1024
+"""Tokens that go through an encoder layer at a time in inference on a CPU: what lies between its operators stays in the caches."""
+
+Shapes = list[tuple[int, int]]
 
 
 class MSDeformAttn(nn.Module):
@@ -48,15 +55,21 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, queries_BPC: Tensor, reference_P2: Tensor, values_BPC: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, queries_BPC: Tensor, reference_P2: Tensor, values_BPC: Tensor, shapes: Shapes) -> Tensor:
         """[B, P, C] updates; reference points are (x, y) in 0..1, `shapes` the (h, w) of the levels in `values_BPC`."""
+        return self.attend(queries_BPC, reference_P2, self.values(values_BPC), shapes)
+
+    def values(self, values_BPC: Tensor) -> Tensor:
+        """Projected values [B, P, M, d] of all pixels."""
+        return project(self.value_proj, values_BPC).unflatten(-1, (self.heads, -1))
+
+    def attend(self, queries_BQC: Tensor, reference_Q2: Tensor, values_BPMd: Tensor, shapes: Shapes) -> Tensor:
+        """[B, Q, C] updates of any of the queries."""
         parts = (self.heads, self.levels, self.points)
-        offsets_BPMLN2 = self.sampling_offsets(queries_BPC).unflatten(-1, (*parts, 2))
-        weights_BPMLN = self.attention_weights(queries_BPC).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, parts[1:])
-        size_L2 = torch.tensor([(columns, rows) for rows, columns in shapes], dtype=queries_BPC.dtype, device=queries_BPC.device)
-        locations = reference_P2[:, None, None, None] + offsets_BPMLN2 / size_L2[:, None]
-        values_BPMd = self.value_proj(values_BPC).unflatten(-1, (self.heads, -1))
-        return self.output_proj(deformable_attention(values_BPMd, shapes, locations, weights_BPMLN))
+        offsets_BQMLN2 = project(self.sampling_offsets, queries_BQC).unflatten(-1, (*parts, 2))
+        logits_BQMLN = project(self.attention_weights, queries_BQC).unflatten(-1, parts)
+        sampled_BQC = deformable_attention_from_offsets(values_BPMd, shapes, reference_Q2, offsets_BQMLN2, logits_BQMLN)
+        return project(self.output_proj, sampled_BQC)
 
 
 class EncoderLayer(nn.Module):
@@ -72,10 +85,23 @@ class EncoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
         """[B, P, C] tokens of all levels to the same shape."""
-        tokens = self.norm1(tokens + self.self_attn(tokens + position, reference, tokens, shapes))
-        return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
+        values = self.self_attn.values(tokens)
+        if not infers_on_cpu(tokens):
+            return self.update(tokens, position, reference, values, shapes)
+        updated = torch.empty_like(tokens)
+        for image in range(len(tokens)):
+            one = slice(image, image + 1)
+            for start in range(0, tokens.shape[1], BLOCK_TOKENS):
+                block = slice(start, start + BLOCK_TOKENS)
+                updated[one, block] = self.update(tokens[one, block], position[block], reference[block], values[one], shapes)
+        return updated
+
+    def update(self, tokens: Tensor, position: Tensor, reference: Tensor, values: Tensor, shapes: Shapes) -> Tensor:
+        """Any of the tokens [B, P', C] with their position and reference points; values [B, P, M, d] are those of all."""
+        tokens = self.norm1(tokens + self.self_attn.attend(tokens + position, reference, values, shapes))
+        return self.norm2(tokens + project(self.linear2, project(self.linear1, tokens).relu_()))
 
 
 class Encoder(nn.Module):
@@ -100,22 +126,34 @@ class DeformableTransformer(nn.Module):
         """Maps [B, C, h, w], coarse to fine, to maps of the same shapes."""
         shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in maps]
         tokens = torch.cat([level.flatten(2).mT for level in maps], 1)
-        position = torch.cat(
-            [
-                sine_position(shape, tokens.shape[-1], device=tokens.device, dtype=tokens.dtype) + embed
-                for shape, embed in zip(shapes, self.level_embed, strict=True)
-            ]
-        )
-        reference = torch.cat([_pixel_centres(shape, tokens) for shape in shapes])
+        sine, reference = constants(tuple(shapes), tokens)
+        parts = sine.split([rows * columns for rows, columns in shapes])
+        position = torch.cat([part + embed for part, embed in zip(parts, self.level_embed, strict=True)])
         for layer in self.encoder.layers:
             tokens = layer(tokens, position, reference, shapes)
         parts = tokens.split([rows * columns for rows, columns in shapes], dim=1)
         return [part.mT.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _pixel_centres(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """(x, y) in 0..1 of each pixel, row by row: [h * w, 2]."""
-    y, x = ((torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size for size in shape)
+def constants(shapes: tuple[tuple[int, int], ...], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine positions [P, C] and pixel centres [P, 2] of all levels, kept for images of the same size; without the embedding of the level."""
+    make = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
+    return make(shapes, tokens.shape[-1], tokens.device, tokens.dtype)
+
+
+# two sizes, so that a landscape and its portrait both stay: at 1024x2048 each takes 44 MB
+@lru_cache(maxsize=2)
+def _constants(shapes: tuple[tuple[int, int], ...], width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # kept tensors may be used in training later
+    with torch.inference_mode(False), torch.no_grad():
+        sine = torch.cat([sine_position(shape, width, device=device, dtype=dtype) for shape in shapes])
+        return sine, torch.cat([_pixel_centres(shape, device, dtype) for shape in shapes])
+
+
+def _pixel_centres(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(x, y) in 0..1 of each pixel, row by row: [h * w, 2], in float32 at least."""
+    exact = torch.promote_types(dtype, torch.float32)
+    y, x = ((torch.arange(size, device=device, dtype=exact) + 0.5) / size for size in shape)
     return torch.stack([x.expand(shape[0], -1), y[:, None].expand(-1, shape[1])], -1).flatten(0, 1)
 
 

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
-from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_mask, check_position, check_same, check_tensor
-from emca_kernels.emca_attention import reference
+from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
+from emca_kernels.checks import as_large, as_mask, check_mask, check_position, check_same, check_tensor, once_per_signature
+from emca_kernels.emca_attention import native, reference
 from emca_kernels.emca_attention.arguments import RESIDUALS, SELECTIONS, Attended, Projections
 from emca_kernels.emca_attention.backward import backward
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
+from emca_kernels.native import library
 from emca_kernels.registration import register_operator
 from emca_kernels.select_prototypes.op import MAX_PIXELS
 
 register_backend("emca_attention", Backend("reference", reference.emca_attention, serves_all))
+register_backend("emca_attention", Backend("native", native.emca_attention, library.refuses))
 
 _PARAMETERS = ", ".join(f"Tensor {name.rsplit('_', 1)[0]}" for name in Projections._fields)
 _SIGNATURE = (
@@ -176,36 +178,41 @@ def emca_attention(
     features, queries, position, query_position, scale, *parameters = follow_autocast(
         features, queries, position, query_position, scale, *projections
     )
-    projections = Projections(*parameters)
-    mask, position, query_position = _check(features, queries, allowed, projections, position, query_position, scale, selection, residual)
-    arguments = (features, queries, *parts_of(mask), position, query_position, *projections, scale, selection, residual, backend)
-    differentiable = (features, queries, position, query_position, *projections, scale)
+    mask = as_mask(allowed)
+    _check(features, queries, mask, position, query_position, scale, selection, residual, *parameters)
+    position, query_position = as_large(position, features), as_large(query_position, queries)
+    if is_traced(backend):
+        given = (features, queries, allowed_of(mask), position, query_position, Projections(*parameters), scale)
+        return reference.emca_attention(*given, selection=selection, residual=residual).queries_BQC
+    arguments = (features, queries, *parts_of(mask), position, query_position, *parameters, scale, selection, residual, backend)
+    differentiable = (features, queries, position, query_position, *parameters, scale)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
         return _EmcaAttention.apply(*arguments)
     return _operator(*arguments)[0]
 
 
+@once_per_signature
 def _check(
     features: Tensor,
     queries: Tensor,
-    allowed: Tensor | Mask | None,
-    projections: Projections,
+    mask: Mask | None,
     position: Tensor | None,
     query_position: Tensor | None,
     scale: Tensor | None,
     selection: str,
     residual: str,
-) -> tuple[Mask | None, Tensor | None, Tensor | None]:
+    *parameters: Tensor,
+) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     check_tensor("queries", queries, ("B", "Q", "C"), sizes)
     check_same("features", features, "queries", queries)
     if not 1 <= sizes["P"] < MAX_PIXELS:
         raise ValueError(f"features has P={sizes['P']} pixels, expected at least one and fewer than {MAX_PIXELS}")
-    check_tensor("query_weight", projections.query_weight_DC, ("D", "C"), sizes)
+    check_tensor("query_weight", parameters[0], ("D", "C"), sizes)
     sizes["E"] = sizes["D"]
     shapes = {"DC": ("D", "C"), "DD": ("E", "D"), "CD": ("C", "D"), "D": ("D",), "C": ("C",)}
-    for field, parameter in zip(Projections._fields, projections, strict=True):
+    for field, parameter in zip(Projections._fields, parameters, strict=True):
         name, _, dims = field.rpartition("_")
         check_tensor(name, parameter, shapes[dims], sizes)
         check_same("features", features, name, parameter)
@@ -218,7 +225,8 @@ def _check(
         check_same("features", features, "scale", scale)
         if selection != "softmax" or scale.numel() != 1:
             raise ValueError(f"scale of shape {list(scale.shape)} with selection={selection!r}, expected one number with 'softmax'")
-    mask = check_mask(allowed, sizes)
+    check_mask(mask, sizes)
     if mask is None and selection == "mean":
         raise ValueError("selection='mean' needs allowed: without a mask every query would get the same prototype")
-    return mask, check_position(position, features), check_position(query_position, queries, "query_position", "queries")
+    check_position(position, features)
+    check_position(query_position, queries, "query_position", "queries")

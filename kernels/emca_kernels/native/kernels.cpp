@@ -1,55 +1,17 @@
-// Compiled once per instruction set (ISA is its namespace), with vectors as wide as its registers.
+// Compiled once per instruction set: tiles of pixels are loaded, scored, and chosen from or pooled.
 #include "kernels.h"
-
-#include <cstring>
-#include <initializer_list>
-#include <type_traits>
+#include "packed.h"
+#include "products.h"
+#include "vectors.h"
 
 namespace emca::ISA {
 namespace {
 
-// Register blocks: ROWS[V] pixels by V vectors of queries (or of channels, in a pool) leave room for the operands.
 #if defined(__AVX512F__)
-constexpr int W = 16;  // lanes of a vector
-constexpr int ROWS[] = {0, 12, 12, 8, 6};
-constexpr int COLUMNS = 4;
 constexpr int POOL_ROWS = 8, POOL_COLUMNS = 3;
 #else
-#if defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-constexpr int ROWS[] = {0, 8, 4, 4};
-constexpr int COLUMNS = 3;
 constexpr int POOL_ROWS = 4, POOL_COLUMNS = 3;
 #endif
-
-typedef float Floats __attribute__((vector_size(4 * W)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
-
-constexpr float INFINITE = __builtin_inff();
-
-inline Floats load(const float* from) {
-  Floats lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-inline void store(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
-
-inline Ints load(const int32_t* from) {
-  Ints lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-inline void store(int32_t* to, Ints lanes) { std::memcpy(to, &lanes, sizeof lanes); }
-
-// x - 0 is x, so that this is a broadcast and nothing else; 0 + x is not for x = -0
-inline Floats all(float value) { return value - Floats{}; }
-
-inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
 
 // Lanes of vector v that pixel p of the tile allows, as a comparison gives them.
 inline Ints allowed_lanes(const Tile& tile, int v, int p) {
@@ -59,31 +21,6 @@ inline Ints allowed_lanes(const Tile& tile, int v, int p) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) bit[i] = 1 << i;
   return ((Ints{} + bits) & bit) != 0;
-}
-
-inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float widen(const float* from) { return *from; }
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-inline float widen(const Bfloat16* from) { return as_float(uint32_t(from->bits) << 16); }
-
-struct Float16 {
-  uint16_t bits;
-};
-
-inline float widen(const Float16* from) {
-  const uint32_t sign = uint32_t(from->bits & 0x8000) << 16, rest = from->bits & 0x7fff;
-  if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // a power of two moves the exponent, subnormals included
-  return as_float(sign | __builtin_bit_cast(uint32_t, as_float(rest << 13) * 0x1p112f));
 }
 
 template <class T, bool located>
@@ -116,78 +53,16 @@ void load_tile(const Rows& features, const Rows* position, int64_t first, int co
   }
 }
 
-template <class T>
-void pack_as(const Rows& queries, int count, int channels, float* packed) {
-  const T* data = static_cast<const T*>(queries.data);
-  for (int lane = 0; lane < (count + W - 1) / W * W; ++lane) {
-    float* to = packed + int64_t(lane / W) * channels * W + lane % W;
-    const T* from = data + lane * queries.pixel_stride;
-    for (int c = 0; c < channels; ++c) to[c * W] = lane < count ? widen(from + c * queries.channel_stride) : 0.f;
-  }
-}
-
-void pack(const Rows& queries, int count, int channels, float* packed) {
-  switch (queries.type) {
-    case Type::float32: return pack_as<float>(queries, count, channels, packed);
-    case Type::bfloat16: return pack_as<Bfloat16>(queries, count, channels, packed);
-    case Type::float16: return pack_as<Float16>(queries, count, channels, packed);
-  }
-}
-
-// Scores of R pixels with V vectors of queries in registers, then handed to `use(vector, pixel, scores)` in the order of pixels.
-template <int R, int V, class Use>
-inline void score_block(const Tile& tile, const Packed& queries, int v, int p, const Use& use) {
-  Floats sums[R][V];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) sums[i][j] = Floats{};
-  const float* lanes[V];
-  for (int j = 0; j < V; ++j) lanes[j] = queries.data + int64_t(v + j) * queries.channels * W;
-  const float* rows[R];
-  for (int i = 0; i < R; ++i) rows[i] = tile.data + (p + i) * tile.stride;
-  const float* next = rows[0] + R * tile.stride;
-  for (int c = 0; c < queries.channels; ++c) {
-    if (c % 16 == 0)
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) __builtin_prefetch(next + c * R + i * 16);
-    Floats query[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) query[j] = load(lanes[j] + c * W);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const Floats feature = all(rows[i][c]);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sums[i][j] += feature * query[j];
-    }
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < V; ++j) use(std::integral_constant<int, R>{}, v + j, p, [&](int i) { return sums[i][j]; });
-}
-
-template <int V, class Use>
-inline void score_columns(const Tile& tile, const Packed& queries, int v, const Use& use) {
-  constexpr int R = ROWS[V];
-  int p = 0;
-  for (; p + R <= tile.count; p += R) score_block<R, V>(tile, queries, v, p, use);
-  for (; p < tile.count; ++p) score_block<1, V>(tile, queries, v, p, use);
-}
-
 template <class Use>
 inline void score_tile(const Tile& tile, const Packed& queries, const Use& use) {
-  // as few and as even groups of vectors as fit: 7 are 4 and 3
-  for (int v = 0, groups = (queries.vectors + COLUMNS - 1) / COLUMNS; groups > 0; --groups) {
-    const int size = (queries.vectors - v + groups - 1) / groups;
-    switch (size) {
-#if defined(__AVX512F__)
-      case 4: score_columns<4>(tile, queries, v, use); break;
-#endif
-      case 3: score_columns<3>(tile, queries, v, use); break;
-      case 2: score_columns<2>(tile, queries, v, use); break;
-      default: score_columns<1>(tile, queries, v, use);
-    }
-    v += size;
+#if defined(__AVX512BF16__)
+  if (tile.type == Type::bfloat16) {
+    const PairRows rows{static_cast<const Bfloat16*>(tile.data), tile.stride};
+    if (!tile.position) return products(tile.count, queries, use, rows);
+    return products(tile.count, queries, use, rows, PairRows{static_cast<const Bfloat16*>(tile.position), tile.position_stride});
   }
+#endif
+  products(tile.count, queries, use, FloatRows{static_cast<const float*>(tile.data), tile.stride});
 }
 
 template <bool masked>
@@ -229,19 +104,29 @@ void scores(const Tile& tile, const Packed& queries, float* to) {
   tile.allowed ? scores_of<true>(tile, queries, to) : scores_of<false>(tile, queries, to);
 }
 
-// e^x for x <= 0, 2 ulp; 0 below the smallest normal number and for -infinity.
-inline Floats exponential(Floats x) {
-  const Ints vanishes = x < all(-87.f);
-  x = vanishes ? all(-87.f) : x;
-  const Floats shift = all(0x1.8p23f);
-  const Floats rounded = (x * all(1.44269504f) + shift) - shift;
-  const Floats rest = (x - rounded * all(0x1.62e4p-1f)) - rounded * all(0x1.7f7d1cp-20f);
-  Floats power = all(1.f / 5040);
-  for (const float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) power = power * rest + all(factor);
-  const Ints exponent = (__builtin_convertvector(rounded, Ints) + 127) << 23;
-  Floats scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return vanishes ? Floats{} : power * scale;
+typedef uint8_t Bytes __attribute__((vector_size(2 * W)));
+typedef uint16_t MaskWords __attribute__((vector_size(4 * W)));
+
+void allow(const uint8_t* rows, int64_t stride, int count, int64_t pixels, uint16_t* words) {
+  uint16_t everything = 0;
+  for (int i = 0; i < count; ++i) everything |= uint16_t(!__builtin_memchr(rows + i * stride, 1, pixels)) << i;
+  // a whole cache line of each row at a time: rows a power of two apart push one another out
+  constexpr int LINE = 64, LANES = 2 * W, AHEAD = 4 * LINE;
+  int64_t p = 0;
+  for (; p + LINE <= pixels; p += LINE) {
+    MaskWords bits[LINE / LANES];
+    for (MaskWords& part : bits) part = MaskWords{} + everything;
+    for (int i = 0; i < count; ++i) {
+      const uint8_t* row = rows + i * stride + p;
+      __builtin_prefetch(row + AHEAD);
+      for (int part = 0; part < LINE / LANES; ++part) bits[part] |= __builtin_convertvector(read<Bytes>(row + part * LANES), MaskWords) << i;
+    }
+    std::memcpy(words + p, bits, sizeof bits);
+  }
+  for (; p < pixels; ++p) {
+    words[p] = everything;
+    for (int i = 0; i < count; ++i) words[p] |= uint16_t(rows[i * stride + p] << i);
+  }
 }
 
 // Weights of a tile, and what they do to the sums so far: `shrink` [lanes] is what these are to be multiplied with.
@@ -278,6 +163,7 @@ void weigh(const Tile& tile, int lanes, const float* scores, float* weights, con
 // sum [R lanes][V vectors of channels] += weights^T tile
 template <int R, int V>
 inline void add_block(const Tile& tile, int lanes, int channels, const float* weights, const float* shrink, int lane, int c, float* sum) {
+  const auto* rows = static_cast<const float*>(tile.data);
   Floats sums[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
@@ -286,7 +172,7 @@ inline void add_block(const Tile& tile, int lanes, int channels, const float* we
   for (int p = 0; p < tile.count; ++p) {
     Floats features[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) features[j] = load(tile.data + p * tile.stride + c + j * W);
+    for (int j = 0; j < V; ++j) features[j] = load(rows + p * tile.stride + c + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const Floats weight = all(weights[p * lanes + lane + i]);
@@ -301,6 +187,7 @@ inline void add_block(const Tile& tile, int lanes, int channels, const float* we
 }
 
 void pool(const Tile& tile, int lanes, int channels, const float* scores, float* weights, const Pool& pool) {
+  const auto* rows = static_cast<const float*>(tile.data);
   float* shrink = weights + tile.count * lanes;
   weigh(tile, lanes, scores, weights, pool, shrink);
   for (int lane = 0; lane < lanes; lane += POOL_ROWS) {
@@ -311,7 +198,7 @@ void pool(const Tile& tile, int lanes, int channels, const float* scores, float*
     for (; c < channels; ++c)
       for (int i = lane; i < lane + POOL_ROWS; ++i) {
         float value = pool.sum[int64_t(i) * channels + c] * shrink[i];
-        for (int p = 0; p < tile.count; ++p) value += weights[p * lanes + i] * tile.data[p * tile.stride + c];
+        for (int p = 0; p < tile.count; ++p) value += weights[p * lanes + i] * rows[p * tile.stride + c];
         pool.sum[int64_t(i) * channels + c] = value;
       }
   }
@@ -331,9 +218,7 @@ float burst(int64_t rounds) {
 
 }  // namespace
 
-#define TEXT(name) #name
-#define NAME(name) TEXT(name)
 extern const Kernels kernels;
-const Kernels kernels{NAME(ISA), W, load_tile, pack, best, scores, pool, burst};
+const Kernels kernels{NAME(ISA), W, load_tile, pack, unpack, PAIR, allow, best, scores, pool, project, add, multiply, scale, reweigh, burst};
 
 }  // namespace emca::ISA

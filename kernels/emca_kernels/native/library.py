@@ -20,7 +20,7 @@ def unavailable() -> str | None:
 
 
 def instruction_set() -> str:
-    """ "avx512", "avx2" or "base": what the kernels run on here."""
+    """ "avx512bf16", "avx512", "avx2" or "base": what the kernels run on here."""
     return torch.ops.emca_native.instruction_set()
 
 

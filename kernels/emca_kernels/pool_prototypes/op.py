@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
-from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_divides, check_mask, check_position, check_same, check_tensor
+from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
+from emca_kernels.checks import as_large, as_mask, check_divides, check_mask, check_position, check_same, check_tensor, once_per_signature
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
 from emca_kernels.pool_prototypes import native, reference
@@ -156,17 +156,26 @@ def pool_prototypes(
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
     features, queries, position = follow_autocast(features, queries, position)
+    mask = as_mask(allowed)
+    _check(features, queries, mask, position, heads)
+    position = as_large(position, features)
+    if is_traced(backend):
+        return reference.pool_prototypes(features, queries, allowed_of(mask), position, heads=heads)[0]
+    parts = parts_of(mask)
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in (features, queries, position)):
+        return _operator(features, queries, *parts, position, heads, backend)[0]
+    return _PoolPrototypes.apply(features, queries, *parts, position, heads, backend)
+
+
+@once_per_signature
+def _check(features: Tensor, queries: Tensor | None, mask: Mask | None, position: Tensor | None, heads: int) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     if queries is not None:
         check_tensor("queries", queries, ("B", "Q", "C"), sizes)
         check_same("features", features, "queries", queries)
-    elif allowed is None:
+    elif mask is None:
         raise ValueError("pool_prototypes needs queries, or allowed, or both: without them there is nothing to pool for")
-    position = check_position(position, features)
-    mask = check_mask(allowed, sizes)
+    check_position(position, features)
+    check_mask(mask, sizes)
     check_divides("heads", heads, "C", sizes["C"])
-    parts = parts_of(mask)
-    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in (features, queries, position)):
-        return _operator(features, queries, *parts, position, heads, backend)[0]
-    return _PoolPrototypes.apply(features, queries, *parts, position, heads, backend)

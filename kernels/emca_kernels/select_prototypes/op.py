@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from emca_kernels.autocast import follow_autocast
-from emca_kernels.backends import Backend, choose_backend, register_backend, serves_all
-from emca_kernels.checks import check_divides, check_mask, check_position, check_same, check_tensor
+from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
+from emca_kernels.checks import as_large, as_mask, check_divides, check_mask, check_position, check_same, check_tensor, once_per_signature
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
 from emca_kernels.registration import register_operator
@@ -114,16 +114,25 @@ def select_prototypes(
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
     features, queries, position = follow_autocast(features, queries, position)
+    mask = as_mask(allowed)
+    _check(features, queries, mask, position, k, heads)
+    position = as_large(position, features)
+    if is_traced(backend):
+        return reference.select_prototypes(features, queries, allowed_of(mask), position, k=k, heads=heads)
+    with torch.no_grad():
+        return _operator(features, queries, *parts_of(mask), position, k, heads, backend)
+
+
+@once_per_signature
+def _check(features: Tensor, queries: Tensor, mask: Mask | None, position: Tensor | None, k: int, heads: int) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, ("B", "P", "C"), sizes)
     check_tensor("queries", queries, ("B", "Q", "C"), sizes)
     check_same("features", features, "queries", queries)
-    position = check_position(position, features)
-    mask = check_mask(allowed, sizes)
+    check_position(position, features)
+    check_mask(mask, sizes)
     check_divides("heads", heads, "C", sizes["C"])
     if not 1 <= k <= sizes["P"]:
         raise ValueError(f"k={k} prototypes from P={sizes['P']} pixels: expected 1 <= k <= P")
     if sizes["P"] >= MAX_PIXELS:
         raise ValueError(f"features has P={sizes['P']} pixels, expected fewer than {MAX_PIXELS}")
-    with torch.no_grad():
-        return _operator(features, queries, *parts_of(mask), position, k, heads, backend)
