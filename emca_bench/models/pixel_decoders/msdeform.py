@@ -6,7 +6,6 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from emca_kernels import deformable_attention_from_offsets
 from torch import Tensor, nn
 
@@ -136,7 +135,7 @@ class DeformableTransformer(nn.Module):
 
 
 def constants(shapes: tuple[tuple[int, int], ...], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine positions [P, C] and pixel centres [P, 2] of all levels, kept for images of the same size; without the embedding of the level."""
+    """Sine positions [P, C], without the embedding of the level, and pixel centres [P, 2]; kept for images of the same size."""
     make = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
     return make(shapes, tokens.shape[-1], tokens.device, tokens.dtype)
 
