@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emca_bench.errors import UsageError
 from emca_bench.measure.inputs import ImpossibleError, Maker
-from emca_bench.models.pixel_decoders.msdeform import constants
+from emca_bench.models.pixel_decoders.msdeform import pixel_centres
 from emca_bench.specs import parse_size
 
 HEADS, POINTS = 8, 4
@@ -61,7 +61,7 @@ def deformable_call(op: str, backend: str | None, params: Mapping[str, Any], mak
     value = maker.normal(sizes.batch, sizes.pixels, HEADS, sizes.width // HEADS)
     samples = (sizes.batch, sizes.queries, HEADS, len(shapes), POINTS)
     offsets, logits = SPREAD * maker.normal(*samples, 2), maker.normal(*samples)
-    points = constants(tuple(shapes), value[:, :, 0, :4])[1]
+    points = torch.cat([pixel_centres(shape, value.device, maker.dtype) for shape in shapes])
     if op == DEFORMABLE_ATTENTION_FROM_OFFSETS.name:
         return partial(deformable_attention_from_offsets, value, shapes, points, offsets, logits, backend=backend), [value, offsets, logits]
     size_L12 = torch.tensor([[(columns, rows)] for rows, columns in shapes], device=value.device)

@@ -130,15 +130,15 @@ def test_inference_in_blocks_of_tokens_is_the_plain_layer(dtype: torch.dtype, mo
 def test_constants_are_made_once_per_size_and_serve_training_after_inference() -> None:
     decoder = MSDeformAttnPixelDecoder(channels=CHANNELS, width=WIDTH, layers=1).float()
     maps = {level: features.float() for level, features in make_maps().items()}
-    msdeform._constants.cache_clear()
+    msdeform._make_constants.cache_clear()
     with torch.inference_mode():
         decoder(maps)
         decoder(maps)
-    assert msdeform._constants.cache_info()[:2] == (1, 1)
+    assert msdeform._make_constants.cache_info()[:2] == (1, 1)
     decoder(maps)[0].sum().backward()
     with torch.inference_mode():
         decoder({level: features[..., : features.shape[-1] // 2] for level, features in maps.items()})
-    assert msdeform._constants.cache_info().misses == 2
+    assert msdeform._make_constants.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("bias", [True, False])
