@@ -226,7 +226,7 @@ RIVAL = {**DEFORMABLE, "op": "ms_deform_attn"}
 
 def test_a_rival_that_is_not_installed_is_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_ms_deform_attn", None)
-    with pytest.raises(ImpossibleError, match="no torch-ms-deform-attn: .*it is on PyPI"):
+    with pytest.raises(ImpossibleError, match=r"no torch-ms-deform-attn: .*it is on PyPI"):
         build_subject(arm(), RIVAL, seed=0)
 
 

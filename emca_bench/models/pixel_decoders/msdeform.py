@@ -136,7 +136,9 @@ class DeformableTransformer(nn.Module):
 
 def _constants(shapes: tuple[tuple[int, int], ...], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Sine positions [P, C], without the embedding of the level, and pixel centres [P, 2]; kept for images of the same size."""
-    make = _make_constants.__wrapped__ if torch.compiler.is_compiling() else _make_constants
+    # a compiler's tensors, and others without values, are not for keeping
+    keeps = type(tokens) is Tensor and not torch.compiler.is_compiling()
+    make = _make_constants if keeps else _make_constants.__wrapped__
     return make(shapes, tokens.shape[-1], tokens.device, tokens.dtype)
 
 
