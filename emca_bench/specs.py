@@ -48,7 +48,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "batch": (int, "images per call; with measure accuracy: per training step"),
     "queries": (int, "object queries Q"),
     "width": (int, "model width C"),
-    "pixels": (str, "size of the feature level as HxW (scopes kernel and attention)"),
+    "pixels": (str, "size of the feature level as HxW, of deformable attention the finest (scopes kernel and attention)"),
     "allowed": (float, "share of pixels that a query's mask allows (scopes kernel and attention)"),
     "op": (str, f"operator of `emca_kernels`, scores (the matrix alone), or a ceiling: {', '.join(CEILINGS)} (scope kernel)"),
     "mask": (str, f"kind of the mask, none by default: {', '.join(MASKS)} (scope kernel)"),
@@ -78,7 +78,7 @@ CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": P
 """Values of the parameters that are one of a few words."""
 
 REQUIRED = {
-    "kernel": ("op", "pixels", "queries", "width", "batch"),
+    "kernel": ("op", "pixels", "width", "batch"),
     "attention": ("pixels", "queries", "width", "batch"),
     "model": ("model", "image_size", "classes", "batch"),
     "accuracy": ("model", "dataset", "steps", "batch", "seed", "image_size"),

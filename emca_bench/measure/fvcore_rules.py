@@ -1,9 +1,9 @@
 """What fvcore, the counter of most papers, says of the same call: its rules on the meta device, where fvcore itself cannot trace.
 
 fvcore counts norms, resizes and samples, and drops operators that it does not know: the scores of masked attention in
-`nn.MultiheadAttention` (`baddbmm`), all of `scaled_dot_product_attention`, and operators of other libraries, `emca_kernels` among
-them; deformable attention is counted as the samples that it stands for. It counts multiply-adds and calls them flops. Its trace also leaves out what no result depends on, such as the class heads of
-earlier layers in evaluation; that is counted here.
+`nn.MultiheadAttention` (`baddbmm`), all of `scaled_dot_product_attention`, and operators of other libraries, `emca_kernels`
+among them; deformable attention is counted as the samples that it stands for. It counts multiply-adds and calls them flops. Its
+trace also leaves out what no result depends on, such as the class heads of earlier layers in evaluation; that is counted here.
 
 Source: fvcore 0.1.5, `fvcore.nn.FlopCountAnalysis` with its default handles.
 """

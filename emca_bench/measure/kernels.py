@@ -8,21 +8,36 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from emca_kernels import Projections, emca_attention, pool_prototypes, select_prototypes
+from emca_kernels import (
+    Projections,
+    deformable_attention,
+    deformable_attention_from_offsets,
+    emca_attention,
+    pool_prototypes,
+    select_prototypes,
+)
 from emca_kernels.backends import Backend, backend_named, known_backends
 from emca_kernels.native import library
-from emca_kernels.specs import FORWARD, FORWARD_BACKWARD, SPECS, Sizes
+from emca_kernels.specs import DEFORMABLE_ATTENTION, FORWARD, FORWARD_BACKWARD, SAMPLERS, SPECS, Sizes
 from torch import Tensor
 
 from emca_bench.errors import UsageError, did_you_mean, listing
+from emca_bench.measure.deformable import deformable_call, deformable_sizes
 from emca_bench.measure.inputs import ImpossibleError, Maker
 from emca_bench.specs import CEILINGS, MASKS, Arm, parse_size
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "select_prototypes": select_prototypes,
-    "pool_prototypes": pool_prototypes,
-    "emca_attention": emca_attention,
+    operator.__name__: operator
+    for operator in (
+        select_prototypes,
+        pool_prototypes,
+        emca_attention,
+        deformable_attention,
+        deformable_attention_from_offsets,
+    )
 }
+SAMPLING = tuple(spec.name for spec in SAMPLERS)
+"""Operators that sample, whose queries are all pixels."""
 
 SWITCHES = ("backend", "bare")
 """backend: who serves the operator. bare: its implementation alone, without checks, choice and the operator's boundary."""
@@ -56,6 +71,9 @@ def kernel_call(arm: Arm, params: Mapping[str, Any], maker: Maker) -> tuple[Call
     pass_ = str(params.get("pass", FORWARD))
     spec = SPECS[str(params["op"])]
     work = Work(spec.flops(sizes, pass_), spec.bytes(sizes, pass_))
+    if spec in SAMPLERS:
+        attend, wanted = deformable_call(spec.name, _backend(arm), params, maker)
+        return (attend if pass_ == FORWARD else with_backward(attend, [leaf.requires_grad_() for leaf in wanted], maker.normal)), work
     features, queries = (maker.normal(sizes.batch, rows, sizes.width) for rows in (sizes.pixels, sizes.queries))
     allowed = maker.mask(sizes.batch, sizes.queries, sizes.pixels, share=float(params.get("allowed", 1.0))) if sizes.masked else None
     if spec.name == "scores":
@@ -87,8 +105,7 @@ def with_backward(
 
 
 def _forward(op: str, arm: Arm, features: Tensor, queries: Tensor, allowed: Tensor | None, parameters: list[Tensor]) -> Callable[[], Any]:
-    name = arm.switches.get("backend")
-    backend = None if name is None else str(name)
+    backend = _backend(arm)
     if not arm.switches.get("bare"):
         projections = [Projections(*parameters)] if parameters else []
         return partial(OPERATORS[op], features, queries, allowed, *projections, backend=backend)
@@ -97,6 +114,11 @@ def _forward(op: str, arm: Arm, features: Tensor, queries: Tensor, allowed: Tens
     if refusal:
         raise ImpossibleError(f"backend {backend!r} of {op}: {refusal}")
     return _bare(op, served, features, queries, allowed, parameters)
+
+
+def _backend(arm: Arm) -> str | None:
+    name = arm.switches.get("backend")
+    return None if name is None else str(name)
 
 
 def _bare(
@@ -110,6 +132,8 @@ def _bare(
 
 
 def _sizes(params: Mapping[str, Any], dtype: torch.dtype) -> Sizes:
+    if params["op"] in SAMPLING:
+        return deformable_sizes(params, dtype.itemsize)
     height, width = parse_size(str(params["pixels"]), what="parameter 'pixels'")
     return Sizes(
         batch=int(params["batch"]),
@@ -165,9 +189,16 @@ def check_kernel(arm: Arm, params: Mapping[str, Any]) -> None:
         return
     if params.get("pass", FORWARD) not in SPECS[op].products:
         raise UsageError(f"operator {op} has no pass {params['pass']!r}; its passes: {listing(SPECS[op].products)}")
+    if op not in SAMPLING and "queries" not in params:
+        raise UsageError(f"operator {op} needs the parameter 'queries'")
+    if op in SAMPLING:
+        deformable_sizes(params, itemsize=4)
     backend = arm.switches.get("backend")
-    if op in OPERATORS and backend is not None and backend not in known_backends(op):
-        served = known_backends(op)
+    # one choice of a backend stands for both forms of deformable attention
+    served = known_backends(DEFORMABLE_ATTENTION.name if op in SAMPLING else op) if op in OPERATORS else ()
+    if op in OPERATORS and backend is not None and backend not in served:
         raise UsageError(f"{backend!r} is no backend of {op}{did_you_mean(str(backend), served)}; known: {listing(served)}")
+    if arm.switches.get("bare") and op in SAMPLING:
+        raise UsageError(f"arm {arm.name!r}: operator {op} has no bare form")
     if arm.switches.get("bare") and ("backend" not in arm.switches or params.get("pass", FORWARD) == FORWARD_BACKWARD):
         raise UsageError(f"arm {arm.name!r}: bare=true needs a backend and the pass 'forward'")

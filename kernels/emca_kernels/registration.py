@@ -29,3 +29,17 @@ def register_operator(
     operator = getattr(torch.ops.emca, name)
     register_flop_formula(operator)(flops)
     return operator.default
+
+
+def register_gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Make `torch.ops.emca.<name>` differentiable, for operators that take sizes.
+
+    An `autograd.Function` around such an operator keeps the sizes for its backward pass, which torch's compiler cannot follow where sizes
+    are symbols.
+
+    Args:
+        name: of a registered operator.
+        setup_context: (ctx, inputs, output), keeps what the backward pass needs.
+        backward: (ctx, *gradients) to a gradient or None per argument.
+    """
+    torch.library.register_autograd(f"emca::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

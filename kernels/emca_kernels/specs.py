@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 """Passes: the result alone, or the result and then the gradients of features and queries."""
@@ -25,6 +25,10 @@ class Sizes:
     """Bytes of an element of features and queries."""
     masked: bool = True
     """Whether there is a mask bool [B, Q, P]."""
+    heads: int = 1
+    """Heads that the channels are split over, where each samples for itself."""
+    samples: int = 0
+    """Of a query and head, where queries sample pixels instead of seeing all."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class Array:
         return math.prod(self.shape) * self.itemsize
 
 
+def _features_and_queries(sizes: Sizes) -> dict[str, Array]:
+    batch, pixels, queries, width = sizes.batch, sizes.pixels, sizes.queries, sizes.width
+    found = {
+        "features": Array((batch, pixels, width), sizes.itemsize, differentiable=True),
+        "queries": Array((batch, queries, width), sizes.itemsize, differentiable=True),
+    }
+    return found | ({"allowed": Array((batch, queries, pixels), MASK_BYTES)} if sizes.masked else {})
+
+
+def _all_pairs(sizes: Sizes) -> int:
+    return sizes.batch * sizes.pixels * sizes.queries * sizes.width
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:
     """Floating-point operations and least memory traffic of an operator.
@@ -51,35 +68,30 @@ class OpSpec:
 
     name: str
     products: Mapping[str, int]
-    """By pass: how many times every pixel, query and channel meet in a multiply-add. A pass that is not there does not exist."""
+    """By pass: how many times all that `meetings` counts meet in a multiply-add. A pass that is not there does not exist."""
     projections: Mapping[str, int] = field(default_factory=dict)
     """By pass: how many times every query meets a matrix [C, C]."""
     parameters: Callable[[Sizes], Mapping[str, Array]] = lambda _: {}
-    """What it reads beside features, queries and mask."""
+    """What it reads beside its arguments."""
     results: Callable[[Sizes], Mapping[str, Array]]
     """What the operator writes, the differentiable one first."""
     tolerance: Mapping[str, float]
     """By dtype: largest error beside the float64 reference, relative to its largest value; for a choice, the regret of its score."""
 
-    def arguments(self, sizes: Sizes) -> dict[str, Array]:
-        """What the operator reads, each element once."""
-        batch, pixels, queries, width = sizes.batch, sizes.pixels, sizes.queries, sizes.width
-        found = {
-            "features": Array((batch, pixels, width), sizes.itemsize, differentiable=True),
-            "queries": Array((batch, queries, width), sizes.itemsize, differentiable=True),
-        }
-        masks = {"allowed": Array((batch, queries, pixels), MASK_BYTES)} if sizes.masked else {}
-        return found | masks | dict(self.parameters(sizes))
+    arguments: Callable[[Sizes], dict[str, Array]] = _features_and_queries
+    """What the operator is called with, each element read once."""
+    meetings: Callable[[Sizes], int] = _all_pairs
+    """What meets in multiply-adds: every pixel, query and channel."""
 
     def flops(self, sizes: Sizes, pass_: str = FORWARD) -> int:
         """Floating-point operations, two per multiply-add, masked pixels included."""
-        met = self._products(pass_) * sizes.pixels + self.projections.get(pass_, 0) * sizes.width
-        return 2 * met * sizes.batch * sizes.queries * sizes.width
+        projected = self.projections.get(pass_, 0) * sizes.batch * sizes.queries * sizes.width**2
+        return 2 * (self._products(pass_) * self.meetings(sizes) + projected)
 
     def bytes(self, sizes: Sizes, pass_: str = FORWARD) -> int:
         """Least traffic in bytes: every argument read once, every result written once."""
         self._products(pass_)
-        arguments, results = self.arguments(sizes), self.results(sizes)
+        arguments, results = {**self.arguments(sizes), **self.parameters(sizes)}, self.results(sizes)
         forward = sum(array.nbytes for array in (*arguments.values(), *results.values()))
         if pass_ == FORWARD:
             return forward
@@ -151,4 +163,43 @@ SCORES = OpSpec(
 )
 """The score matrix alone, as a bare batched matrix product: what selection saves writing."""
 
-SPECS = {spec.name: spec for spec in (SELECT_PROTOTYPES, POOL_PROTOTYPES, EMCA_ATTENTION, SCORES)}
+
+def _sampling(sizes: Sizes) -> dict[str, Array]:
+    samples = (sizes.batch, sizes.queries, sizes.heads, sizes.samples)
+    return {
+        "value": Array((sizes.batch, sizes.pixels, sizes.width), sizes.itemsize, differentiable=True),
+        "locations": Array((*samples, 2), sizes.itemsize, differentiable=True),
+        "weights": Array(samples, sizes.itemsize, differentiable=True),
+    }
+
+
+def _sampling_from_offsets(sizes: Sizes) -> dict[str, Array]:
+    return {"reference_points": Array((sizes.queries, 2), FLOAT32_BYTES), **_sampling(sizes)}
+
+
+def _sampled(sizes: Sizes) -> dict[str, Array]:
+    return {"attended": Array((sizes.batch, sizes.queries, sizes.width), sizes.itemsize, differentiable=True)}
+
+
+def _corners(sizes: Sizes) -> int:
+    """Four corners of every sample of a query and head, with the channels of the head."""
+    return sizes.batch * sizes.queries * sizes.samples * 4 * sizes.width
+
+
+DEFORMABLE_ATTENTION = OpSpec(
+    name="deformable_attention",
+    # backward: of the values, and of their weights
+    products={FORWARD: 1, FORWARD_BACKWARD: 3},
+    results=_sampled,
+    tolerance={"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3},
+    arguments=_sampling,
+    meetings=_corners,
+)
+DEFORMABLE_ATTENTION_FROM_OFFSETS = replace(
+    DEFORMABLE_ATTENTION, name="deformable_attention_from_offsets", arguments=_sampling_from_offsets
+)
+MS_DEFORM_ATTN = replace(DEFORMABLE_ATTENTION, name="ms_deform_attn")
+"""The compiled operator of PyPI's torch-ms-deform-attn, a rival."""
+
+SAMPLERS = (DEFORMABLE_ATTENTION, DEFORMABLE_ATTENTION_FROM_OFFSETS, MS_DEFORM_ATTN)
+SPECS = {spec.name: spec for spec in (SELECT_PROTOTYPES, POOL_PROTOTYPES, EMCA_ATTENTION, SCORES, *SAMPLERS)}

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from emca_kernels import attend_prototypes, checks, deformable_attention, deformable_conv, pool_prototypes, select_prototypes
+from emca_kernels import (
+    attend_prototypes,
+    checks,
+    deformable_attention,
+    deformable_attention_from_offsets,
+    deformable_conv,
+    pool_prototypes,
+    select_prototypes,
+)
 from torch import Tensor
 
 
@@ -138,6 +146,8 @@ def test_the_element_wise_attention_names_a_wrong_axis_and_backend() -> None:
             TypeError,
             "sampling_locations is torch.float16, value torch.float32",
         ),
+        ({"spatial_shapes": [(2, 3), (0, 1)]}, ValueError, "spatial_shapes has a level (0, 1), expected (h, w), both positive"),
+        ({"spatial_shapes": [(2, 3, 1)]}, ValueError, "spatial_shapes has a level (2, 3, 1), expected (h, w), both positive"),
         ({"spatial_shapes": [(2, 3)]}, ValueError, "value has shape [2, 7, 2, 3], expected [B, P=6, M, d]"),
         ({"backend": "cudnn"}, ValueError, "backend='cudnn' is no backend of deformable_attention"),
     ],
@@ -151,6 +161,50 @@ def test_deformable_attention(changes: dict[str, Any], error: type[Exception], m
     }
     with pytest.raises(error, match=re.escape(message)):
         deformable_attention(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"reference_points": torch.zeros(4, 2)},
+            ValueError,
+            "reference_points has shape [4, 2], expected [Q=5, 2=2]",
+        ),
+        (
+            {"reference_points": torch.zeros(2, 5, 3, 2)},
+            ValueError,
+            "reference_points has shape [2, 5, 3, 2], expected [B=2, Q=5, L=2, 2=2]",
+        ),
+        ({"reference_points": [(0.5, 0.5)]}, TypeError, "reference_points must be a tensor [B, Q, L, 2], found list"),
+        (
+            {"reference_points": torch.zeros(5, 2, device="meta")},
+            ValueError,
+            "reference_points is on meta, value on cpu: expected the same device",
+        ),
+        (
+            {"sampling_offsets": torch.zeros(2, 5, 2, 2, 4)},
+            ValueError,
+            "sampling_offsets has shape [2, 5, 2, 2, 4], expected [B=2, Q, M=2, L=2, N, 2=2]",
+        ),
+        (
+            {"value": torch.zeros(2, 7, 2, 3).half(), "sampling_offsets": torch.zeros(2, 5, 2, 2, 4, 2, device="meta")},
+            ValueError,
+            "sampling_offsets is on meta, value on cpu: expected the same device",
+        ),
+        ({"attention_logits": torch.zeros(2, 5, 2, 2, 4).double()}, TypeError, "attention_logits is torch.float64, value torch.float32"),
+    ],
+)
+def test_deformable_attention_from_offsets(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "value": torch.zeros(2, 7, 2, 3),
+        "spatial_shapes": [(2, 3), (1, 1)],
+        "reference_points": torch.zeros(5, 2),
+        "sampling_offsets": torch.zeros(2, 5, 2, 2, 4, 2),
+        "attention_logits": torch.zeros(2, 5, 2, 2, 4),
+    }
+    with pytest.raises(error, match=re.escape(message)):
+        deformable_attention_from_offsets(**{**arguments, **changes})
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from emca_kernels import Projections, emca_attention, pool_prototypes, select_prototypes, specs
-from emca_kernels.specs import EMCA_ATTENTION, FORWARD, FORWARD_BACKWARD, POOL_PROTOTYPES, SCORES, SELECT_PROTOTYPES, SPECS, OpSpec, Sizes
+from emca_kernels import (
+    Projections,
+    deformable_attention,
+    deformable_attention_from_offsets,
+    emca_attention,
+    pool_prototypes,
+    select_prototypes,
+    specs,
+)
+from emca_kernels.specs import (
+    DEFORMABLE_ATTENTION,
+    DEFORMABLE_ATTENTION_FROM_OFFSETS,
+    EMCA_ATTENTION,
+    FORWARD,
+    FORWARD_BACKWARD,
+    POOL_PROTOTYPES,
+    SCORES,
+    SELECT_PROTOTYPES,
+    SPECS,
+    OpSpec,
+    Sizes,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 SMALL = Sizes(batch=2, pixels=10, queries=3, width=4)
@@ -98,3 +118,24 @@ def test_specifications_need_no_torch() -> None:
     imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
     assert imported == {"__future__", "math", "collections.abc", "dataclasses"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deformable_attention_costs_what_its_tensors_and_the_counter_say(dtype: torch.dtype) -> None:
+    """One level of 2x5 pixels, 7 queries, 3 heads of 4 channels, 6 samples each."""
+    sizes = Sizes(batch=2, pixels=10, queries=7, width=12, itemsize=dtype.itemsize, heads=3, samples=6)
+    value, offsets, logits = (torch.randn(shape).to(dtype) for shape in ((2, 10, 3, 4), (2, 7, 3, 1, 6, 2), (2, 7, 3, 1, 6)))
+    points = torch.rand(7, 2)
+    forms: list[tuple[OpSpec, Any, list[torch.Tensor]]] = [
+        (DEFORMABLE_ATTENTION, deformable_attention, [offsets, logits]),
+        (DEFORMABLE_ATTENTION_FROM_OFFSETS, deformable_attention_from_offsets, [points, offsets, logits]),
+    ]
+    for spec, operator, given in forms:
+        leaf = value.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            result = operator(leaf, [(2, 5)], *given)
+            forward = counter.get_total_flops()
+            result.sum().backward()
+        assert forward == spec.flops(sizes)
+        assert counter.get_total_flops() == spec.flops(sizes, FORWARD_BACKWARD)
+        assert spec.bytes(sizes) == sum(tensor.nbytes for tensor in (value, *given, result))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -207,3 +209,53 @@ def test_bare_calls_skip_the_choice_of_backend(seed: int) -> None:
     assert torch.equal(subject.call()[0], select_prototypes(*inputs(SELECT, seed), backend="reference")[0])
     with pytest.raises(ImpossibleError, match="float64"):
         build_subject(arm(backend="native", bare=True), {**SELECT, "dtype": "float64"}, seed=seed)
+
+
+DEFORMABLE = {"scope": "kernel", "op": "deformable_attention", "pixels": "8x12", "width": 16, "batch": 2}
+
+
+@pytest.mark.parametrize("pass_", ["forward", "forward_backward"])
+def test_both_forms_of_deformable_attention_get_the_same_samples(pass_: str, seed: int) -> None:
+    given = {**DEFORMABLE, "dtype": "float64", "pass": pass_}
+    plain, raw = (
+        build_subject(arm(), {**given, "op": op}, seed=seed) for op in ("deformable_attention", "deformable_attention_from_offsets")
+    )
+    found, other = plain.call(), raw.call()
+    if pass_ == "forward":
+        assert found.shape == (2, 8 * 12 + 4 * 6 + 2 * 3, 16)
+        torch.testing.assert_close(found, other)
+    else:
+        torch.testing.assert_close(found[0], other[0])
+    assert plain.work is not None
+    assert plain.work.flops == (1 if pass_ == "forward" else 3) * 2 * 4 * 2 * 126 * 12 * 16
+
+
+RIVAL = {**DEFORMABLE, "op": "ms_deform_attn"}
+
+
+def test_a_rival_that_is_not_installed_is_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_ms_deform_attn", None)
+    with pytest.raises(ImpossibleError, match=r"no torch-ms-deform-attn: .*it is on PyPI"):
+        build_subject(arm(), RIVAL, seed=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_ms_deform_attn") is None, reason="torch-ms-deform-attn is not installed")
+def test_the_compiled_rival_agrees(seed: int) -> None:
+    found, own = (build_subject(arm(), params, seed=seed).call() for params in (RIVAL, DEFORMABLE))
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "switches", "message"),
+    [
+        ({"pixels": "8x10"}, {}, "parameter 'pixels' is '8x10': the finest level of deformable attention must be whole at a quarter"),
+        ({"width": 20}, {}, "parameter 'width' is 20, expected a multiple of the 8 heads"),
+        ({}, {"backend": "cuda"}, "'cuda' is no backend of deformable_attention"),
+        ({}, {"backend": "native", "bare": True}, "operator deformable_attention has no bare form"),
+        ({"op": "select_prototypes"}, {}, "operator select_prototypes needs the parameter 'queries'"),
+    ],
+)
+def test_what_deformable_attention_cannot_be_asked(changes: dict[str, Any], switches: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_arm(arm(**switches), {**DEFORMABLE, **changes})
+    assert message in str(caught.value)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emca_bench.models.backbones import LEVELS
-from emca_bench.models.pixel_decoders import PIXEL_DECODERS
+from emca_bench.models.pixel_decoders import PIXEL_DECODERS, msdeform
 from emca_bench.models.pixel_decoders.fpn import FPN
 from emca_bench.models.pixel_decoders.msdeform import EncoderLayer, MSDeformAttnPixelDecoder
 from emca_bench.models.position import sine_position
+from emca_bench.models.projection import project
 
 CHANNELS = dict(zip(LEVELS, (4, 6, 10, 12), strict=True))
 WIDTH, SIZES = 16, [(24, 40), (12, 20), (6, 10), (3, 5)]
@@ -105,3 +106,50 @@ def test_an_encoder_layer_adds_positions_to_its_queries_alone() -> None:
     attended = layer.norm1(tokens + layer.self_attn(tokens + position, reference, tokens, shapes))
     wanted = layer.norm2(attended + layer.linear2(layer.linear1(attended).clamp(min=0)))
     torch.testing.assert_close(layer(tokens, position, reference, shapes), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_in_blocks_of_tokens_is_the_plain_layer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks end within levels; images do not mix."""
+    monkeypatch.setattr(msdeform, "BLOCK_TOKENS", 7)
+    decoder = MSDeformAttnPixelDecoder(channels=CHANNELS, width=WIDTH, layers=2).to(dtype)
+    for layer in decoder.transformer.encoder.layers:
+        nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.1)
+        nn.init.normal_(layer.self_attn.attention_weights.weight)
+    maps = {level: features.to(dtype) for level, features in make_maps().items()}
+    wanted = decoder(maps)
+    assert wanted.mask_features.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = decoder(maps)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        for one, other in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_constants_are_made_once_per_size_and_serve_training_after_inference() -> None:
+    decoder = MSDeformAttnPixelDecoder(channels=CHANNELS, width=WIDTH, layers=1).float()
+    maps = {level: features.float() for level, features in make_maps().items()}
+    msdeform._make_constants.cache_clear()
+    with torch.inference_mode():
+        decoder(maps)
+        decoder(maps)
+    assert msdeform._make_constants.cache_info()[:2] == (1, 1)
+    decoder(maps)[0].sum().backward()
+    with torch.inference_mode():
+        decoder({level: features[..., : features.shape[-1] // 2] for level, features in maps.items()})
+    assert msdeform._make_constants.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("images", "count", "whole"), [(2, 7, True), (1, 1, True), (0, 7, True), (2, 7, False)])
+def test_a_projection_is_a_linear_layer(images: int, count: int, whole: bool, bias: bool) -> None:
+    linear = nn.Linear(12, 5, bias=bias)
+    tokens = torch.randn(images, count, 12) if whole else torch.randn(images, 12, count).mT
+    with torch.no_grad():
+        found = project(linear, tokens)
+    assert found.shape == (*tokens.shape[:2], 5)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, linear(tokens))
+    project(linear, tokens).sum().backward()
+    assert linear.weight.grad is not None

@@ -6,7 +6,6 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from emca_kernels import deformable_attention_from_offsets
 from torch import Tensor, nn
 
@@ -126,7 +125,7 @@ class DeformableTransformer(nn.Module):
         """Maps [B, C, h, w], coarse to fine, to maps of the same shapes."""
         shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in maps]
         tokens = torch.cat([level.flatten(2).mT for level in maps], 1)
-        sine, reference = constants(tuple(shapes), tokens)
+        sine, reference = _constants(tuple(shapes), tokens)
         parts = sine.split([rows * columns for rows, columns in shapes])
         position = torch.cat([part + embed for part, embed in zip(parts, self.level_embed, strict=True)])
         for layer in self.encoder.layers:
@@ -135,22 +134,24 @@ class DeformableTransformer(nn.Module):
         return [part.mT.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def constants(shapes: tuple[tuple[int, int], ...], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine positions [P, C] and pixel centres [P, 2] of all levels, kept for images of the same size; without the embedding of the level."""
-    make = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
+def _constants(shapes: tuple[tuple[int, int], ...], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine positions [P, C], without the embedding of the level, and pixel centres [P, 2]; kept for images of the same size."""
+    # a compiler's tensors, and others without values, are not for keeping
+    keeps = type(tokens) is Tensor and not torch.compiler.is_compiling()
+    make = _make_constants if keeps else _make_constants.__wrapped__
     return make(shapes, tokens.shape[-1], tokens.device, tokens.dtype)
 
 
 # two sizes, so that a landscape and its portrait both stay: at 1024x2048 each takes 44 MB
 @lru_cache(maxsize=2)
-def _constants(shapes: tuple[tuple[int, int], ...], width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _make_constants(shapes: tuple[tuple[int, int], ...], width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # kept tensors may be used in training later
     with torch.inference_mode(False), torch.no_grad():
         sine = torch.cat([sine_position(shape, width, device=device, dtype=dtype) for shape in shapes])
-        return sine, torch.cat([_pixel_centres(shape, device, dtype) for shape in shapes])
+        return sine, torch.cat([pixel_centres(shape, device, dtype) for shape in shapes])
 
 
-def _pixel_centres(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+def pixel_centres(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """(x, y) in 0..1 of each pixel, row by row: [h * w, 2], in float32 at least."""
     exact = torch.promote_types(dtype, torch.float32)
     y, x = ((torch.arange(size, device=device, dtype=exact) + 0.5) / size for size in shape)

@@ -17,7 +17,7 @@ from emca_kernels.deformable_attention import native, reference
 from emca_kernels.deformable_attention.layout import too_many
 from emca_kernels.deformable_attention.reference import Shapes, locations_and_weights, sizes_of
 from emca_kernels.native import library
-from emca_kernels.registration import register_operator
+from emca_kernels.registration import register_gradient, register_operator
 from emca_kernels.triton import runtime
 
 _TRITON = "emca_kernels.deformable_attention.triton_kernels"
@@ -141,46 +141,37 @@ _backward_operator = register_operator(
 )
 
 
-class _DeformableAttention(torch.autograd.Function):
-    """Keeps the inputs; the backward pass samples again."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str | None) -> Tensor:
-        ctx.save_for_backward(value, locations, weights)
-        ctx.sizes, ctx.backend = sizes, backend
-        return _operator(value, sizes, locations, weights, backend)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights = ctx.saved_tensors
-        of_value, *others = _backward_operator(gradients[0], value, ctx.sizes, locations, weights, ctx.backend)
-        return of_value, None, *others, None
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sizes, locations, weights, ctx.backend = inputs
+    ctx.save_for_backward(value, locations, weights)
 
 
-class _FromOffsets(torch.autograd.Function):
-    """Keeps the inputs; the backward pass computes locations and weights from them once more."""
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    value, locations, weights = ctx.saved_tensors
+    of_value, of_locations, of_weights = _backward_operator(gradient, value, ctx.sizes, locations, weights, ctx.backend)
+    return of_value, None, of_locations, of_weights, None
 
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, sizes: list[int], reference_points: Tensor, offsets: Tensor, logits: Tensor, backend: str | None
-    ) -> Tensor:
-        ctx.save_for_backward(value, reference_points, offsets, logits)
-        ctx.sizes, ctx.backend = sizes, backend
-        return _from_offsets_operator(value, sizes, reference_points, offsets, logits, backend)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        value, reference_points, offsets, logits = ctx.saved_tensors
-        shapes = _shapes(ctx.sizes)
-        locations, weights = locations_and_weights(shapes, reference_points, offsets, logits)
-        of_value, of_locations, of_weights = _backward_operator(gradients[0], value, ctx.sizes, locations, weights, ctx.backend)
-        of_offsets = (of_locations / sizes_of(shapes, locations.dtype, locations.device)).to(offsets.dtype)
-        weighted = weights * of_weights
-        of_logits = (weighted - weights * weighted.sum((-2, -1), keepdim=True)).to(logits.dtype)
-        of_reference = of_locations.sum((2, 4)).to(reference_points.dtype) if ctx.needs_input_grad[2] else None
-        return of_value, None, of_reference, of_offsets, of_logits, None
+def _keep_from_offsets(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sizes, reference_points, offsets, logits, ctx.backend = inputs
+    ctx.save_for_backward(value, reference_points, offsets, logits)
+
+
+def _gradients_from_offsets(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Locations and weights are computed once more, and their gradients lead back to what they are made of."""
+    value, reference_points, offsets, logits = ctx.saved_tensors
+    shapes = _shapes(ctx.sizes)
+    locations, weights = locations_and_weights(shapes, reference_points, offsets, logits)
+    of_value, of_locations, of_weights = _backward_operator(gradient, value, ctx.sizes, locations, weights, ctx.backend)
+    of_offsets = (of_locations / sizes_of(shapes, locations.dtype, locations.device)).to(offsets.dtype)
+    weighted = weights * of_weights
+    of_logits = (weighted - weights * weighted.sum((-2, -1), keepdim=True)).to(logits.dtype)
+    of_reference = of_locations.sum((2, 4)).to(reference_points.dtype) if ctx.needs_input_grad[2] else None
+    return of_value, None, of_reference, of_offsets, of_logits, None
+
+
+register_gradient("deformable_attention", _keep, _gradients)
+register_gradient("deformable_attention_from_offsets", _keep_from_offsets, _gradients_from_offsets)
 
 
 def deformable_attention(
@@ -215,8 +206,7 @@ def deformable_attention(
     flat, sizes = _check_value(value, spatial_shapes)
     _check_samples("sampling_locations", sampling_locations, ("B", "Q", "M", "L", "N", "2"), value, sizes)
     _check_samples("attention_weights", attention_weights, ("B", "Q", "M", "L", "N"), value, sizes)
-    apply = _DeformableAttention.apply if _trains(value, sampling_locations, attention_weights) else _operator
-    return apply(value, flat, sampling_locations, attention_weights, backend)
+    return _operator(value, flat, sampling_locations, attention_weights, backend)
 
 
 def deformable_attention_from_offsets(
@@ -257,8 +247,7 @@ def deformable_attention_from_offsets(
         raise ValueError(f"reference_points is on {reference_points.device}, value on {value.device}: expected the same device")
     if shared:
         reference_points = reference_points[None, :, None].expand(sizes["B"], -1, sizes["L"], -1)
-    apply = _FromOffsets.apply if _trains(value, reference_points, sampling_offsets, attention_logits) else _from_offsets_operator
-    return apply(value, flat, reference_points, sampling_offsets, attention_logits, backend)
+    return _from_offsets_operator(value, flat, reference_points, sampling_offsets, attention_logits, backend)
 
 
 def _check_value(value: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> tuple[list[int], dict[str, int]]:
@@ -277,7 +266,3 @@ def _check_samples(name: str, tensor: Tensor, dims: tuple[str, ...], value: Tens
         check_same("value", value, name, tensor)
     elif tensor.device != value.device:
         raise ValueError(f"{name} is on {tensor.device}, value on {value.device}: expected the same device")
-
-
-def _trains(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

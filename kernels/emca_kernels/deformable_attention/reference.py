@@ -31,7 +31,9 @@ def locations_and_weights(shapes: Shapes, reference_BQL2: Tensor, offsets_BQMLN2
 
 def sizes_of(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(columns, rows) of each level: [L, 1, 2]."""
-    return torch.tensor([[(columns, rows)] for rows, columns in shapes], dtype=dtype, device=device)
+    # not torch.tensor, which would turn the symbols of a compiled graph into numbers
+    sizes = [torch.full((1,), size, dtype=dtype, device=device) for rows, columns in shapes for size in (columns, rows)]
+    return torch.cat(sizes).view(-1, 1, 2)
 
 
 def deformable_attention_from_offsets(

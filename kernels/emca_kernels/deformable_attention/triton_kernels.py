@@ -83,9 +83,9 @@ def _deformable_attention_fwd_kernel(
         samples = tl.arange(0, BLOCK_S)
         there = inside[:, None] & (samples < LEVELS * POINTS)[None, :]
         logits = tl.load(weights + first_sample[:, None] + samples[None, :], mask=there, other=-float("inf")).to(tl.float32)
-        # rows beyond the end: any number that is finite
+        # rows beyond the end: any numbers that can be subtracted and divided by
         top = tl.where(inside, tl.max(logits, 1), 0.0)
-        total = tl.sum(tl.exp(logits - top[:, None]), 1)
+        total = tl.where(inside, tl.sum(tl.exp(logits - top[:, None]), 1), 1.0)
     summed = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for level in range(LEVELS):
         rows = tl.load(levels + 3 * level)

@@ -55,7 +55,7 @@ struct DeformableKernels {
   // result [Q, M, d] of queries [begin, end); room for M * L * N lanes
   void (*attend)(const Sampling& sampling, int64_t begin, int64_t end, const SampleRoom& room, float* result);
   // adds to the gradient of one head's values at one level, which is zero, and writes those of its locations and weights; room for
-  // BLOCK * N lanes
+  // SAMPLE_BLOCK * N lanes
   void (*attend_backward)(const Sampling& sampling, int64_t queries, int head, int level, const SampleRoom& room,
                           const SampleGradients& gradients);
 };

@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor gradient
   Tensor of_locations = torch::stable::new_empty(gradient, {call.images, call.queries, call.heads, levels, call.points, 2});
   Tensor of_weights = torch::stable::new_empty(gradient, {call.images, call.queries, call.heads, levels, call.points});
   auto* values = static_cast<float*>(of_value.mutable_data_ptr());
-  torch::stable::parallel_for(0, call.images * pixels * width, 1 << 15, [&](int64_t begin, int64_t end) { std::fill(values + begin, values + end, 0.f); });
+  torch::stable::parallel_for(0, call.images * pixels * width, 1 << 15,
+                              [&](int64_t begin, int64_t end) { std::fill(values + begin, values + end, 0.f); });
   torch::stable::parallel_for(0, call.images * call.heads * levels, 1, [&](int64_t begin, int64_t end) {
     Room room(emca::SAMPLE_BLOCK * call.points);
     for (int64_t at = begin; at < end; ++at) {
