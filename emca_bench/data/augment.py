@@ -25,6 +25,7 @@ class Augmentation:
     Attributes:
         size: (H, W) of the result in pixels; what the scaled image does not fill, at the bottom and the right, is padding.
         scale: least and greatest scale; drawn uniformly in its logarithm.
+        short_side: the shorter side in pixels that a scale of 1 gives; 0 for the image's own.
         flip: whether to flip horizontally half of the time.
         color: greatest relative change of brightness, contrast and saturation, each drawn uniformly; 0 for none.
 
@@ -34,6 +35,7 @@ class Augmentation:
 
     size: Sequence[int]
     scale: Sequence[float] = (0.5, 2.0)
+    short_side: int = 0
     flip: bool = True
     color: float = 0.2
 
@@ -42,12 +44,16 @@ class Augmentation:
             raise UsageError(f"augmentation size is {self.size!r}; expected (H, W) of at least 1 pixel")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(f"augmentation scale is {self.scale!r}; expected (least, greatest) with 0 < least <= greatest")
+        if self.short_side < 0:
+            raise UsageError(f"augmentation short_side is {self.short_side!r}; expected 0 or the shorter side in pixels")
         if not 0 <= self.color < 1:
             raise UsageError(f"augmentation color is {self.color!r}; expected a number in 0..1, 1 excluded")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """The transformed sample, of size `self.size`, without the segments that left the picture."""
         scale = float(np.exp(rng.uniform(*np.log(self.scale))))
+        if self.short_side:
+            scale *= self.short_side / min(sample.size)
         sample = crop(resize(sample, scale), self.size, (rng.random(), rng.random()))
         if self.flip and rng.random() < 0.5:
             sample = flip(sample)
