@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emca_bench.errors import UsageError, did_you_mean, listing
 
 if TYPE_CHECKING:
+    from emca_bench.progress import Progress
     from emca_bench.specs import Study
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -60,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_study_arguments(sub)
     sub.add_argument("--threads", type=int, help="threads of torch, all cores by default")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub = verb("train", train, "train the cells of a study and nothing else, under torchrun in several processes; run scores them")
+    _add_study_arguments(sub)
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub.add_argument("--tensorboard", type=Path, help="folder for curves, a folder below it for each cell")
     sub = verb("report", report, "render the report of a run folder")
     sub.add_argument("run", type=Path, help="run folder")
     sub.add_argument("--out", type=Path, help="folder of the report, the run folder by default")
@@ -112,7 +119,8 @@ def _list_studies() -> list[tuple[str, str]]:
     rows = []
     for name, path in sorted(paths.items()):
         studies = load_studies(path)
-        rows.append((name, studies[0].question if len(studies) == 1 else "all of " + ", ".join(study.name for study in studies)))
+        one = all(study.name.startswith(studies[0].name) for study in studies)
+        rows.append((name, studies[0].question if one else "all of " + ", ".join(study.name for study in studies)))
     return rows
 
 
@@ -235,6 +243,54 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     )
     _render(folder, folder)
     return FAILED if outcome.failed else OK
+
+
+def train(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench train`."""
+    from emca_bench.measure.accuracy import check_data
+    from emca_bench.measure.training import train_cell
+    from emca_bench.progress import Progress
+    from emca_bench.runner import checkpoint_path, on_device
+    from emca_bench.train import Processes
+
+    part, _, folder = _load(arguments)
+    cells = [cell for study in on_device(part, arguments.device) if "accuracy" in study.measures for cell in study.cells()]
+    if not cells:
+        raise UsageError(f"study {arguments.study!r} trains nothing; expected one with the measure 'accuracy'")
+    for cell in cells:
+        check_data(cell.params)
+    processes = Processes(arguments.device)
+    with Progress([("train", cell.key("accuracy")) for cell in cells], stream=None if processes.first else io.StringIO()) as progress:
+        for cell in cells:
+            key, steps = cell.key("accuracy"), int(cell.params["steps"])
+            progress.start("train", key, f"train {cell.label()}")
+            train_cell(
+                cell.arm,
+                cell.params,
+                checkpoint=checkpoint_path(folder, key),
+                tensorboard=arguments.tensorboard and arguments.tensorboard / f"{cell.arm.name}-{cell.params['seed']}-{key}",
+                processes=processes,
+                on_step=partial(_show_step, progress, steps),
+            )
+            progress.finish()
+    if processes.first:
+        count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+        print(f"trained: {count} in {folder}. To score: {shlex.join(['emca-bench', 'run', *_same_run(argv)])}")
+    processes.end()
+    return OK
+
+
+def _show_step(progress: Progress, steps: int, step: int, loss: float) -> None:
+    progress.update(step / steps, f"step {step}/{steps}, loss {loss:.2f}")
+
+
+def _same_run(argv: Sequence[str]) -> list[str]:
+    """The arguments of `train` that `run` takes too."""
+    words = list(argv[1:])
+    for index, word in enumerate(words):
+        if word == "--tensorboard":
+            return words[:index] + words[index + 2 :]
+    return [word for word in words if not word.startswith("--tensorboard=")]
 
 
 def _portable(arguments: argparse.Namespace) -> str:

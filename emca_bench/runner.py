@@ -21,6 +21,8 @@ from emca_bench.records import Record, RecordWriter, read_records, write_atomica
 from emca_bench.specs import Cell, Study, canonical_json, dump_lock
 
 RECORDS, LOCK, ENVIRONMENT, ARTIFACTS, WORKER_LOG = "records.jsonl", "study.lock.json", "environment.json", "artifacts", "worker.log"
+CHECKPOINTS = "checkpoints"
+"""Folder of trainings under way, a file each; gone when their record is there."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def run(
                 progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
                 record = _measure(worker, task, context, progress)
                 writer.append(record)
+                if record.status == "ok":
+                    checkpoint_path(folder, task.key).unlink(missing_ok=True)
                 progress.finish()
                 outcome.measured += record.status == "ok"
                 outcome.failed += record.status == "failed"
@@ -121,6 +125,11 @@ def run(
                 if record.status != "ok":
                     progress.note(f"{record.status}: {task.measure} {task.cell.label()}: {record.reason}")
     return outcome
+
+
+def checkpoint_path(folder: Path, key: str) -> Path:
+    """Where the training of a cell keeps its state."""
+    return folder / CHECKPOINTS / f"{key}.pt"
 
 
 def on_device(studies: Sequence[Study], device: str) -> list[Study]:
@@ -226,6 +235,7 @@ class Worker:
             "settings": asdict(task.study.settings),
             "key": task.key,
             "artifacts": str(self._folder / ARTIFACTS),
+            "checkpoint": str(checkpoint_path(self._folder, task.key)),
         }
         try:
             self._process.stdin.write(canonical_json(request) + "\n")

@@ -122,7 +122,12 @@ def _accuracy(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
             answer({"kind": "progress", "done": done, "total": total, "text": text})
 
     return measure_accuracy(
-        Arm(**request["arm"]), request["params"], key=request["key"], artifacts=Path(request["artifacts"]), on_progress=on_progress
+        Arm(**request["arm"]),
+        request["params"],
+        key=request["key"],
+        artifacts=Path(request["artifacts"]),
+        checkpoint=Path(request["checkpoint"]),
+        on_progress=on_progress,
     )
 
 

@@ -40,6 +40,7 @@ def test_verbs_and_flags_are_frozen():
         "validate": [],
         "plan": study,
         "run": sorted([*study, "--device", "--threads"]),
+        "train": sorted([*study, "--device", "--tensorboard"]),
         "report": ["--check", "--out", "--readme"],
         "compare": [],
         "convert": ["--names"],
