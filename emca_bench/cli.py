@@ -78,6 +78,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", type=Path, help=".pkl (detectron2), .pth, .pt, .bin, .safetensors, or a Hugging Face folder")
     sub.add_argument("target", type=Path, help="file to write; its suffix says the format: .pkl, .pth, .pt, .bin or .safetensors")
     sub.add_argument("--names", choices=["original", "transformers"], default="original", help="whose parameter names the target has")
+    sub = verb("data", data, "check a data set, or show what a model will be trained on")
+    sub.add_argument("do", choices=["check", "preview"])
+    sub.add_argument("path", type=Path, help="folder of the data set")
+    sub.add_argument("--layout", help="its layout, found by its files by default: see docs/datasets.md")
+    sub.add_argument("--limit", type=int, default=0, help="check: images of each split to read, all by default")
+    sub.add_argument("--out", type=Path, help="preview: PNG file to write")
+    sub.add_argument("--split", default="train", help="preview: train by default")
+    sub.add_argument("--crop", default="384x384", help="preview: HxW of the training crops")
+    sub.add_argument("--seed", type=int, default=0, help="preview: another seed shows other crops")
     sub = verb("env", environment, "show the environment that a measurement would record")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
@@ -341,6 +350,46 @@ def convert(arguments: argparse.Namespace, argv: list[str]) -> int:
     from emca_bench.models import checkpoints
 
     print(checkpoints.convert(arguments.source, arguments.target, names=arguments.names))
+    return OK
+
+
+def data(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench data`."""
+    return _check_data(arguments) if arguments.do == "check" else _preview_data(arguments)
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from emca_bench.data.check import check_folder, describe
+
+    def on_image(what: str, done: int, total: int) -> None:
+        if done == total or done % 500 == 0:
+            print(f"{what}: {done}/{total}", file=sys.stderr)
+
+    if arguments.limit < 0:
+        raise UsageError(f"--limit {arguments.limit}: expected 0 for all, or a number of images")
+    checks = check_folder(arguments.path, layout=arguments.layout, limit=arguments.limit, on_image=on_image)
+    for check in checks:
+        print("\n".join(describe(check)))
+    problems = sum(len(check.problems) for check in checks)
+    print(f"{problems} problems" if problems else "no problems")
+    return FAILED if problems else OK
+
+
+def _preview_data(arguments: argparse.Namespace) -> int:
+    from emca_bench.data.layouts import layouts_of, open_split
+    from emca_bench.specs import parse_size
+    from emca_bench.train.preview import preview
+    from emca_bench.train.recipe import Recipe
+
+    if arguments.out is None or arguments.out.suffix.lower() != ".png":
+        raise UsageError(f"--out {arguments.out}: expected the PNG file to write")
+    # of several layouts of the same images, the one with segments shows more
+    layout = layouts_of(arguments.path, arguments.layout)[-1]
+    dataset = open_split(arguments.path, layout, arguments.split)
+    task = "semantic" if dataset[0].panoptic is None else "panoptic"
+    recipe = Recipe(steps=1, batch=min(4, len(dataset)), crop=parse_size(arguments.crop, what="--crop"), seed=arguments.seed)
+    preview(dataset, dataset.classes, recipe, task).save(arguments.out)
+    print(f"{layout} {arguments.split}, {task}: {arguments.out}")
     return OK
 
 

@@ -44,6 +44,7 @@ def test_verbs_and_flags_are_frozen():
         "report": ["--check", "--out", "--readme"],
         "compare": [],
         "convert": ["--names"],
+        "data": ["--crop", "--layout", "--limit", "--out", "--seed", "--split"],
         "env": ["--device"],
     }
 
