@@ -21,6 +21,8 @@ from emca_bench.records import Record, RecordWriter, read_records, write_atomica
 from emca_bench.specs import Cell, Study, canonical_json, dump_lock
 
 RECORDS, LOCK, ENVIRONMENT, ARTIFACTS, WORKER_LOG = "records.jsonl", "study.lock.json", "environment.json", "artifacts", "worker.log"
+TRAINED = ("mechanism", "accuracy")
+"""Measures that train, after all that are timed."""
 CHECKPOINTS = "checkpoints"
 """Folder of trainings under way, a file each; gone when their record is there."""
 
@@ -63,7 +65,8 @@ def plan(studies: Sequence[Study]) -> list[Task]:
                 cells = study.cells()
                 order.shuffle(cells)
                 tasks += [Task(study, cell, "latency", number) for cell in cells]
-    tasks += [Task(study, cell, "accuracy", 0) for study in studies if "accuracy" in study.measures for cell in study.cells()]
+    for measure in TRAINED:
+        tasks += [Task(study, cell, measure, 0) for study in studies if measure in study.measures for cell in study.cells()]
     return tasks
 
 
@@ -222,7 +225,7 @@ class Worker:
         Raises:
             UsageError: the request cannot be carried out as written.
         """
-        patient = do == "accuracy"
+        patient = do in TRAINED
         if self._process is None or patient != self._patient:
             self._stop()
             self._start(patient=patient)

@@ -37,7 +37,10 @@ MASKS = ("none", "bool")
 CEILINGS = ("burst", "matmul", "copy", "read")
 """Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""
 
-MEASURES = ("macs", "latency", "memory", "accuracy")
+MEASURES = ("macs", "latency", "memory", "accuracy", "mechanism")
+
+NEEDS = ("one", "mean", "modes")
+"""What a generated task asks a cross-attention to find: one marked pixel, the mean of the mask, several marked pixels."""
 
 Value = str | int | float | bool
 
@@ -67,7 +70,8 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "task": (str, "what is trained and evaluated: semantic, the default, or panoptic (measure accuracy)"),
     "object_threshold": (float, "least class score of a panoptic segment, 0.8 by default (task panoptic)"),
     "overlap_threshold": (float, "least share of its mask that a panoptic segment keeps, 0.8 by default (task panoptic)"),
-    "steps": (int, "optimiser steps (measure accuracy)"),
+    "need": (str, f"what a generated task asks for: {', '.join(NEEDS)} (measure mechanism)"),
+    "steps": (int, "optimiser steps (measures accuracy and mechanism)"),
     "learning_rate": (float, "peak learning rate (measure accuracy)"),
     "recipe": (str, "named numbers of a training, short by default: short, mask2former (measure accuracy)"),
     "points": (int, "sampled points per mask in matching and losses (measure accuracy)"),
@@ -104,13 +108,14 @@ TRAINING_PARAMETERS = frozenset(RECIPE_NUMBERS) | {
 COST_SUFFIX = "-cost"
 """Ends the name of the study that a table [cost] adds: what the trained configurations cost."""
 
-CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS}
+CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS, "need": NEEDS}
 """Values of the parameters that are one of a few words."""
 
 REQUIRED = {
     "kernel": ("op", "pixels", "queries", "width", "batch"),
     "attention": ("pixels", "queries", "width", "batch"),
     "model": ("model", "image_size", "classes", "batch"),
+    "mechanism": ("need", "pixels", "queries", "width", "batch", "steps", "seed"),
     "accuracy": ("model", "dataset", "steps", "batch", "seed", "image_size"),
 }
 """Parameters without which a cell cannot be measured."""
@@ -534,7 +539,8 @@ class _Reader:
             self._choice("baseline arm", baseline, [arm.name for arm in study.arms])
         for cell in study.cells():
             scope = str(cell.params["scope"])
-            kind = "accuracy" if "accuracy" in study.measures else scope if scope in REQUIRED else "model"
+            trains = next((measure for measure in ("accuracy", "mechanism") if measure in study.measures), None)
+            kind = trains if trains is not None else scope if scope in REQUIRED else "model"
             uncounted = scope == "kernel" or cell.params.get("pass", PASSES[0]) != PASSES[0]
             if uncounted and {"macs", "accuracy"} & set(study.measures):
                 raise UsageError(f"{self.path}: scope kernel and pass forward_backward take measures latency and memory only")

@@ -15,6 +15,7 @@ from emca_bench.report.diagnostics import diagnostics_table
 from emca_bench.report.document import Block, Bullets, Code, Details, Document, Figure, Heading, Paragraph, Strong, Text
 from emca_bench.report.findings import Findings, trade_offs
 from emca_bench.report.load import Run
+from emca_bench.report.mechanism import mechanism_blocks
 from emca_bench.report.method import method_notes
 from emca_bench.report.operators import operator_blocks, target_blocks
 from emca_bench.report.overlays import overlay
@@ -49,6 +50,7 @@ def document(found: Findings) -> Document:
             *_flops(found),
             *_speed(found, palette),
             *_accuracy(found, palette),
+            *mechanism_blocks(found.run),
             *_overlays(found),
             *_troubles(found.run),
             *_commands(found.run),
