@@ -134,7 +134,7 @@ class Diagnostics:
             if weights_QMP is not None:
                 shares = (weights_QMP[judged].to(inside_QP) * inside_QP[:, None]).sum(-1)
                 self._note(layer, "inside_prototypes", shares.flatten().cpu().numpy())
-        if weights_QMP is None:
+        if weights_QMP is None or not _chooses(call.module):
             return None
         best_QM = weights_QMP.argmax(-1)
         self._note(layer, "distinct_pixels", np.array([len(head.unique()) / len(head) for head in best_QM.T]))
@@ -185,6 +185,11 @@ def pixel_weights(call: Call) -> Tensor | None:
     if isinstance(call.module, MaskedCrossAttention):
         return _masked_weights(call.module, call)
     return None
+
+
+def _chooses(module: CrossAttention) -> bool:
+    """Whether some pixel counts more than others: a mean has none, a random choice is one of a moment."""
+    return not (isinstance(module, EMCA) and module.selection in ("mean", "random"))
 
 
 def _emca_weights(module: EMCA, call: Call) -> Tensor:

@@ -102,6 +102,8 @@ def test_shares_of_a_made_truth():
     assert values["empty_masks_matched"] == pytest.approx(1 / 2)
     assert values["lost_segments"] == pytest.approx(1 / 2)
     assert values["inside_allowed"] == values["inside_prototypes"] == pytest.approx(1 / 2)
+    # a mean chooses no pixel
+    assert values["distinct_pixels"] is None
     assert values["moved_prototypes"] is None
 
 
