@@ -153,7 +153,8 @@ def check_data(params: Mapping[str, Any]) -> None:
         UsageError: splits that cannot be opened, a panoptic task on data without panoptic truth, or a recipe that cannot be used.
     """
     recipe_of(params)
-    for split in ("train", evaluated_split(params)):
+    looked_at = ["val"] if params.get("diagnostic_images") else []
+    for split in ("train", evaluated_split(params), *looked_at):
         dataset = open_dataset(str(params["dataset"]), split)
         if panoptic_rules(params) is not None and dataset[0].panoptic is None:
             raise UsageError(f"dataset {dataset.name!r} has semantic labels only; expected panoptic labels for the task 'panoptic'")

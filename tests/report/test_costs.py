@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -124,6 +125,9 @@ def test_the_report_says_it_all(group_of, tmp_path: Path):
     words = ("can tell cross-attentions apart", "| Arm | mIoU ± 95 % | Seeds |", "Recommended: `mask_pooling`")
     order = [text.index(word) for word in words]
     assert order == sorted(order)
+    [entry] = json.loads((tmp_path / "out" / "summary.json").read_text())["accuracy"]
+    assert entry["recommended"]["arm"] == "mask_pooling"
+    assert entry["pareto_front"] == ["none", "emca_rawres", "mask_pooling", "emca_soft"]
     assert "Rule, stated before the run" in text
     assert "| `emca` | 1 | 62.5 | 40.0 | — | — | 10.0 | 50.0 | 25.0 |" in text
     assert "| `emca` | 2 | 50.0 | 40.0 | — | — | 10.0 | 50.0 | — |" in text
