@@ -18,7 +18,7 @@ NEAR = 0.02
 
 RULE = (
     "Rule, stated before the run: of the arms that are not worse than the baseline by the margin, on data that can decide, the fastest; "
-    f"among those within {NEAR:.0%} of it the most accurate."
+    f"among those within {NEAR:.0%} of it the most accurate. Verdicts are for each arm alone, not corrected for their number."
 )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -24,17 +25,44 @@ PREFETCHED = 4
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One process's part of a step.
+    """One process's part of a step, packed: four tensors whatever it holds, since each that a loader process hands over takes a file.
 
     Attributes:
-        images: float32 [B, 3, H, W] in 0..255.
-        targets: B truths.
+        images: uint8 [B, 3, H, W].
+        owners: int16 [B, H, W], the number of the target that a pixel belongs to, from 1, 0 for none.
+        valid: bool [B, H, W], see `Targets`.
+        labels: int64 [N], of all targets, image by image.
+        counts: targets of each image, N together.
         seconds: what making it took.
     """
 
     images: Tensor
-    targets: list[Targets]
+    owners: Tensor
+    valid: Tensor
+    labels: Tensor
+    counts: tuple[int, ...]
     seconds: float
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, list[Targets]]:
+        """Images, float32 channels-last in 0..255, and targets on a device."""
+        images = self.images.to(device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
+        owners, valid = self.owners.to(device, non_blocking=True), self.valid.to(device, non_blocking=True)
+        targets = []
+        for labels_T, owner_HW, valid_HW in zip(self.labels.to(device).split(self.counts), owners, valid, strict=True):
+            numbers_T = torch.arange(1, len(labels_T) + 1, device=owner_HW.device)
+            targets.append(Targets(labels_T, owner_HW == numbers_T[:, None, None], valid_HW))
+        return images, targets
+
+
+def pack(images: Tensor, targets: Sequence[Targets], seconds: float) -> Batch:
+    """A collated batch, whose images hold whole numbers and whose masks are disjoint."""
+    owners = torch.zeros(len(targets), *images.shape[-2:], dtype=torch.int16)
+    for owner_HW, target in zip(owners, targets, strict=True):
+        for number, mask_HW in enumerate(target.masks, start=1):
+            owner_HW[mask_HW] = number
+    counts = tuple(len(target.labels) for target in targets)
+    valid, labels = torch.stack([target.valid for target in targets]), torch.cat([target.labels for target in targets])
+    return Batch(images.byte(), owners, valid, labels, counts, seconds)
 
 
 class Steps(TorchDataset[Batch]):
@@ -60,7 +88,8 @@ class Steps(TorchDataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         started = time.perf_counter()
         images, targets = collate([self._sample(step * self.recipe.batch + slot) for slot in self._slots], self.task)
-        return Batch(images, targets, time.perf_counter() - started)
+        packed = pack(images, targets, 0.0)
+        return replace(packed, seconds=time.perf_counter() - started)
 
     def _sample(self, number: int) -> Sample:
         epoch, position = divmod(number, len(self.samples))

@@ -176,16 +176,16 @@ class _Run:
 
     def do(self, batch: Batch) -> dict[str, float]:
         """One step; what curves show of it."""
-        recipe, device = self.recipe, self.processes.device
+        recipe = self.recipe
         # what a step draws depends on its number alone: not on the steps before it, nor on what an arm drew in them
         torch.manual_seed(step_seed(recipe.seed, self.step, self.processes.rank))
         share = recipe.rate(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
-        images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        images, targets = batch.on(self.processes.device)
         with self._autocast():
             predictions = self.wrapped(images)
-        losses = self.criterion(predictions, [target.to(device) for target in batch.targets])
+        losses = self.criterion(predictions, targets)
         total = self.criterion.total(losses)
         loss = self.processes.mean(total.detach()).item()
         if not np.isfinite(loss):

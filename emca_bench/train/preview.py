@@ -37,13 +37,13 @@ def preview(samples: Samples, classes: Sequence[ClassInfo], recipe: Recipe, task
         recipe: its `batch` is the number of rows.
         task: "semantic" or "panoptic".
     """
-    batch = Steps(samples, recipe, task)[0]
-    height, width = (int(side) for side in batch.images.shape[-2:])
-    row = max(height, LINE * (1 + max(len(target.labels.unique()) for target in batch.targets)))
-    size = (2 * width + LEGEND + 4 * MARGIN, len(batch.targets) * (row + MARGIN) + MARGIN)
+    images, targets = Steps(samples, recipe, task)[0].on("cpu")
+    height, width = (int(side) for side in images.shape[-2:])
+    row = max(height, LINE * (1 + max(len(target.labels.unique()) for target in targets)))
+    size = (2 * width + LEGEND + 4 * MARGIN, len(targets) * (row + MARGIN) + MARGIN)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
-    for number, (image, target) in enumerate(zip(batch.images, batch.targets, strict=True)):
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
         top = MARGIN + number * (row + MARGIN)
         pixels: Pixels = image.permute(1, 2, 0).byte().numpy()
         page.paste(Image.fromarray(pixels), (MARGIN, top))

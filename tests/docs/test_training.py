@@ -33,6 +33,12 @@ def test_studies_of_the_commands_are_valid():
         assert main(["validate", study]) == 0
 
 
+def test_sessions_of_the_commands_are_there():
+    named = set(re.findall(r"nox -s (\w+)", "\n".join(BASH)))
+    assert named == {"accuracy", "ablations"}
+    assert all(f"def {name}(session: nox.Session)" in (ROOT / "noxfile.py").read_text() for name in named)
+
+
 def test_commands_are_those_of_the_command_line():
     lines = [line.replace("torchrun --nproc-per-node 8 -m emca_bench", "emca-bench") for line in BASH]
     calls = [re.sub(r"^\w+=\S+ ", "", line) for line in lines if "emca-bench" in line]

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from emca_bench.data import IGNORE, VOID, Sample
+from emca_bench.data.targets import collate
 from emca_bench.errors import UsageError
 from emca_bench.models.criterion import Criterion
 from emca_bench.models.matcher import DivergedError
 from emca_bench.train import Files
-from emca_bench.train.feed import Steps
+from emca_bench.train.feed import Steps, pack
 from emca_bench.train.loop import step_seed
 from emca_bench.train.recipe import Recipe, freeze_norms
 from emca_bench.train.trouble import OutOfMemoryError
@@ -52,6 +53,20 @@ def test_processes_share_every_batch(scenes: list[Sample]):
     for step in range(3):
         joint = torch.cat([part[step].images for part in parts])
         assert torch.equal(joint, whole[step].images)
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_packed_batches_hold_what_was_collated(scenes: list[Sample], task: str):
+    """An image without targets among them."""
+    images, targets = collate([*scenes[:3], unlabelled(scenes[3])], task)
+    batch = pack(images, targets, 1.5)
+    again, found = batch.on("cpu")
+    assert torch.equal(again, images)
+    assert again.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(targets, found, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.masks, other.masks)
+        assert torch.equal(one.valid, other.valid)
 
 
 def test_seeds_of_steps_are_apart():
