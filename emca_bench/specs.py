@@ -62,6 +62,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "mask_source": (str, "logits: masks resized as published; features: resized features, the exact rewrite R2"),
     "layers": (int, "decoder layers"),
     "attention_layers": (str, "decoder layers with the arm's attention, all by default: numbers from 0 and ranges, as in 0-2,5"),
+    "mask_use": (str, "whether cross-attentions see their masks, always by default: always, annealed, never"),
     "other_attention": (str, "attention of the other decoder layers, masked_fused by default"),
     "pretrained": (bool, "whether the backbone starts from ImageNet weights"),
     "frozen": (bool, "whether the backbone keeps its weights in training"),

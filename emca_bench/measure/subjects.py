@@ -20,7 +20,10 @@ from emca_bench.specs import Arm, parse_size
 
 DECODER_STRIDES = (32, 16, 8)
 
-MODEL_OVERRIDES = ("queries", "width", "layers", "mask_source", "pretrained", "frozen", "attention_layers", "other_attention")
+MODEL_OVERRIDES = (
+    *("queries", "width", "layers", "mask_source", "pretrained", "frozen"),
+    *("attention_layers", "other_attention", "mask_use"),
+)
 """Parameters of a study that go to `build_model` as they are."""
 
 

@@ -11,6 +11,7 @@ from emca_bench.models.attention import CrossAttention, build_attention
 from emca_bench.models.backbones import BACKBONES
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.mask_decoder import MaskDecoder
+from emca_bench.models.mask_use import MaskUse
 from emca_bench.models.pixel_decoders import PIXEL_DECODERS
 from emca_bench.registry import Registry
 
@@ -128,6 +129,7 @@ def build_model(
     attention_switches: Mapping[str, Any] | None = None,
     attention_layers: str = "all",
     other_attention: str = "masked_fused",
+    mask_use: str = "always",
     **overrides: Any,
 ) -> Mask2Former:
     """A model by its registry name, with random weights unless a pretrained backbone is asked for.
@@ -140,6 +142,7 @@ def build_model(
         attention_layers: decoder layers that have this attention: "all", or numbers from 0 and ranges, as in "0-2,5". Layer i attends to
             stride 32, 16 or 8 in turn, so that "2,5,8" are the layers of stride 8.
         other_attention: registry name of the attention of all other layers.
+        mask_use: "always"; "never" lets all cross-attentions look everywhere, "annealed" takes their masks away in the course of training.
         overrides: of the architecture's numbers (queries, layers, width, mask_source, ...) and of its parts' options.
 
     Raises:
@@ -161,7 +164,7 @@ def build_model(
     backbone = BACKBONES[architecture.backbone](**architecture.backbone_options)
     make_pixel_decoder = PIXEL_DECODERS[architecture.pixel_decoder]
     pixel_decoder = make_pixel_decoder(channels=backbone.channels, width=width, **architecture.pixel_decoder_options)
-    return Mask2Former(
+    model = Mask2Former(
         backbone=backbone,
         pixel_decoder=pixel_decoder,
         predictor=MaskDecoder(
@@ -177,6 +180,11 @@ def build_model(
             mask_source=architecture.mask_source,
         ),
     )
+    use = MaskUse(mask_use)
+    if mask_use != "always":
+        use.attach(model)
+        model.mask_use = use
+    return model
 
 
 def parse_layers(text: str, layers: int) -> frozenset[int]:

@@ -13,6 +13,9 @@ from emca_bench.report.speed import SpeedGroup, SpeedRow
 from emca_bench.report.tables import EMPTY, arm, latency, number
 from emca_bench.specs import COST_SUFFIX
 
+SHARED = ("layers", "attention_layers", "other_attention", "mask_use", "queries", "width", "mask_source")
+"""Parameters that make a configuration another one; batch and classes differ by design."""
+
 NEAR = 0.02
 """Arms whose latency is within this of the lowest count as equally fast, as everywhere else."""
 
@@ -35,8 +38,7 @@ def costs(models: Sequence[SpeedGroup], group: AccuracyGroup) -> dict[str, Speed
 
 def _same_point(row: SpeedRow, entry: ArmAccuracy) -> bool:
     params = next(iter(entry.results.values())).cell.params
-    # every parameter that both have and that an arm or an axis may set; batch and classes differ by design
-    return all(row.cell.params.get(name) == params.get(name) for name in ("layers", "attention_layers", "queries", "width", "mask_source"))
+    return all(row.cell.params.get(name) == params.get(name) for name in SHARED)
 
 
 def cost_table(group: AccuracyGroup, rows: dict[str, SpeedRow]) -> Table | None:

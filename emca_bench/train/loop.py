@@ -179,6 +179,8 @@ class _Run:
         recipe = self.recipe
         # what a step draws depends on its number alone: not on the steps before it, nor on what an arm drew in them
         torch.manual_seed(step_seed(recipe.seed, self.step, self.processes.rank))
+        if self.model.mask_use is not None:
+            self.model.mask_use.share = 1 - self.step / recipe.steps
         share = recipe.rate(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share

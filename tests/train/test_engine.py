@@ -15,9 +15,10 @@ from torch import nn
 from emca_bench.data import IGNORE, VOID, Sample
 from emca_bench.data.targets import collate
 from emca_bench.errors import UsageError
+from emca_bench.models import build_model
 from emca_bench.models.criterion import Criterion
 from emca_bench.models.matcher import DivergedError
-from emca_bench.train import Files
+from emca_bench.train import Files, train
 from emca_bench.train.feed import Steps, pack
 from emca_bench.train.loop import step_seed
 from emca_bench.train.recipe import Recipe, freeze_norms
@@ -91,6 +92,16 @@ def test_averaged_weights_are_the_decayed_mean(tmp_path: Path, run: Run, scenes:
     expected = 0.7 * (0.7 * seen[0][name] + 0.3 * seen[1][name]) + 0.3 * last[name]
     torch.testing.assert_close(averaged[name], expected)
     assert not torch.equal(averaged[name], last[name])
+
+
+def test_masks_are_annealed_in_the_course_of_training(scenes: list[Sample]):
+    model = build_model("mask2former_tiny", num_classes=10, mask_use="annealed", layers=1, queries=6, width=32)
+    assert model.mask_use is not None
+    shares = []
+    recipe = Recipe(steps=4, batch=2, crop=(64, 64), points=32)
+    options = {"classes": 10, "task": "panoptic", "pretrained_backbone": False}
+    train(model, scenes, recipe, **options, on_step=lambda step, loss: shares.append(model.mask_use.share))
+    assert shares == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_half_precision_keeps_weights_in_float32(run: Run, scenes: list[Sample]):
