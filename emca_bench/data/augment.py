@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from emca_bench.data.base import IGNORE, IMAGE_PADDING, VOID, Sample
+from emca_bench.data.base import IGNORE, IMAGE_PADDING, VOID, Sample, Segment
 from emca_bench.errors import UsageError
 
 Labels = TypeVar("Labels", npt.NDArray[np.uint8], npt.NDArray[np.int32])
@@ -54,12 +54,15 @@ class Augmentation:
         scale = float(np.exp(rng.uniform(*np.log(self.scale))))
         if self.short_side:
             scale *= self.short_side / min(sample.size)
+        # which segments are left is asked once, at the end: finding the ids of a map is the dearest part of a step
+        segments, sample = sample.segments, replace(sample, segments=())
         sample = crop(resize(sample, scale), self.size, (rng.random(), rng.random()))
         if self.flip and rng.random() < 0.5:
             sample = flip(sample)
         if self.color:
             sample = replace(sample, image=jitter_color(sample.image, 1 + self.color * rng.uniform(-1, 1, 3)))
-        return pad(sample, self.size)
+        sample = pad(sample, self.size)
+        return replace(sample, segments=_present(segments, sample.panoptic))
 
 
 def resize(sample: Sample, scale: float) -> Sample:
@@ -108,8 +111,12 @@ def jitter_color(image: npt.NDArray[np.uint8], factors: npt.NDArray[np.float64])
 def _with_maps(
     sample: Sample, image: npt.NDArray[np.uint8], semantic: npt.NDArray[np.uint8], panoptic: npt.NDArray[np.int32] | None
 ) -> Sample:
-    segments = sample.segments
-    if panoptic is not None:
-        present = set(np.unique(panoptic).tolist())
-        segments = tuple(segment for segment in segments if segment.id in present)
-    return Sample(sample.name, image, semantic, panoptic, segments)
+    return Sample(sample.name, image, semantic, panoptic, _present(sample.segments, panoptic))
+
+
+def _present(segments: tuple[Segment, ...], panoptic: npt.NDArray[np.int32] | None) -> tuple[Segment, ...]:
+    """The segments of which a map has pixels."""
+    if panoptic is None or not segments:
+        return segments
+    present = set(np.unique(panoptic).tolist())
+    return tuple(segment for segment in segments if segment.id in present)
