@@ -96,7 +96,7 @@ def train(
     Raises:
         DivergedError, OutOfMemoryError: see `trouble`.
         CheckpointWriteError: a checkpoint could not be written; the one before it is there.
-        UsageError: a checkpoint of another configuration; a batch that the processes cannot share.
+        UsageError: a checkpoint of another configuration, or one that not all processes find; a batch that they cannot share.
     """
     files = files or Files()
     processes = processes or Processes(next(model.parameters()).device.type)
@@ -107,6 +107,10 @@ def train(
     run = _Run(model, recipe, Criterion(classes=classes, points=recipe.points), processes, pretrained_backbone=pretrained_backbone)
     identity = {"recipe": asdict(recipe), **files.identity}
     run.restore(None if files.checkpoint is None else load_state(files.checkpoint, identity))
+    if processes.mean(torch.tensor(float(run.step), device=processes.device)).item() != run.step:
+        raise UsageError(
+            f"process {processes.rank} finds a checkpoint of step {run.step}, others do not; expected a folder that all can read"
+        )
     log = run.log
     steps = Steps(samples, recipe, task, rank=processes.rank, processes=processes.count)
     batches = feed(steps, start=run.step, workers=workers)

@@ -64,8 +64,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.points < 1 or self.learning_rate <= 0 or self.clip_norm <= 0:
             raise UsageError(f"training needs steps, batch and points of at least 1, positive learning_rate and clip_norm; found {self}")
-        if not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1 or self.short_side < 0:
-            raise UsageError(f"training needs 0 <= ema < 1, 0 <= warmup <= 1 and short_side of at least 0; found {self}")
+        if not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1 or min(self.short_side, self.seed) < 0:
+            raise UsageError(f"training needs 0 <= ema < 1, 0 <= warmup <= 1, short_side and seed of at least 0; found {self}")
         for name, found, known in (("schedule", self.schedule, SCHEDULES), ("precision", self.precision, PRECISIONS)):
             if found not in known:
                 raise UsageError(f"{name}={found!r}{did_you_mean(found, known)}; expected one of {', '.join(known)}")

@@ -193,6 +193,16 @@ def test_images_without_objects_and_crops_without_a_valid_pixel(run: Run, scenes
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+def test_a_checkpoint_that_not_all_processes_find_is_refused(tmp_path: Path, run: Run, scenes: list[Sample]):
+    files = Files(checkpoint=tmp_path / "state.pt")
+    run(scenes, files=files, steps=2)
+    one_of_two = SimpleNamespace(
+        count=2, rank=1, device=torch.device("cpu"), first=False, wrap=lambda model: model, mean=lambda value: value / 2
+    )
+    with pytest.raises(UsageError, match="process 1 finds a checkpoint of step 2, others do not"):
+        run(scenes, files=files, steps=2, processes=one_of_two)
+
+
 def test_what_cannot_be_shared_is_refused(run: Run, scenes: list[Sample]):
     three = SimpleNamespace(count=3, rank=0, device=torch.device("cpu"), first=True)
     with pytest.raises(UsageError, match="batch=2 cannot be shared by 3 processes"):

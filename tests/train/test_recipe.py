@@ -55,6 +55,7 @@ def test_the_published_schedule_falls_as_a_power():
         ({"ema": 1.0}, "0 <= ema < 1"),
         ({"clip_norm": 0.0}, "positive learning_rate and clip_norm"),
         ({"warmup": 1.5}, "0 <= warmup <= 1"),
+        ({"seed": -1}, "seed of at least 0"),
     ],
 )
 def test_numbers_out_of_range_are_named(wrong: dict[str, object], words: str):
