@@ -371,7 +371,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     for check in checks:
         print("\n".join(describe(check)))
     problems = sum(len(check.problems) for check in checks)
-    print(f"{problems} problems" if problems else "no problems")
+    print(f"{problems or 'no'} problem{'' if problems == 1 else 's'}")
     return FAILED if problems else OK
 
 

@@ -117,7 +117,8 @@ def _copies(found: SplitCheck, others: Sequence[SplitCheck]) -> Iterator[str]:
         shared = found.hashes.keys() & other.hashes.keys()
         if shared:
             name = min(found.hashes[key] for key in shared)
-            yield f"{len(shared)} images are in {other.split} too, {name!r} for one: scores on {found.split} would not mean anything"
+            count = "an image is" if len(shared) == 1 else f"{len(shared)} images are"
+            yield f"{count} in {other.split} too, {name!r} for one: scores on {found.split} would not mean anything"
 
 
 def describe(check: SplitCheck) -> list[str]:

@@ -87,7 +87,7 @@ def copy_into_val(folder: Path) -> None:
         (sixteen_bit_labels, ["a.png", "I;16", "one channel of 8 bits"]),
         (colour_labels, ["a.png", "RGBA", "one channel of 8 bits"]),
         (other_size, ["'a'", "20x31", "20x30"]),
-        (copy_into_val, ["1 images are in train too", "'c'"]),
+        (copy_into_val, ["an image is in train too", "'c'"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -99,7 +99,7 @@ def test_what_is_broken_is_named_and_the_rest_is_read(
     printed = capsys.readouterr().out
     [problem] = [line for line in printed.splitlines() if "PROBLEM" in line]
     assert all(word in problem for word in words), problem
-    assert printed.endswith("1 problems\n")
+    assert printed.endswith("1 problem\n")
     assert "camvid val: 1 of 1 images read" in printed
 
 
