@@ -266,8 +266,10 @@ def train(arguments: argparse.Namespace, argv: list[str]) -> int:
     cells = [cell for study in on_device(part, arguments.device) if "accuracy" in study.measures for cell in study.cells()]
     if not cells:
         raise UsageError(f"study {arguments.study!r} trains nothing; expected one with the measure 'accuracy'")
-    for cell in cells:
+    for cell in {(cell.arm.name, cell.params["dataset"]): cell for cell in cells}.values():
         check_data(cell.params)
+    scored = _scored(folder, arguments.device)
+    cells = [cell for cell in cells if cell.key("accuracy") not in scored]
     processes = Processes(arguments.device)
     with Progress([("train", cell.key("accuracy")) for cell in cells], stream=None if processes.first else io.StringIO()) as progress:
         for cell in cells:
@@ -283,10 +285,20 @@ def train(arguments: argparse.Namespace, argv: list[str]) -> int:
             )
             progress.finish()
     if processes.first:
-        count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+        count = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
         print(f"trained: {count} in {folder}. To score: {shlex.join(['emca-bench', 'run', *_same_run(argv)])}")
     processes.end()
     return OK
+
+
+def _scored(folder: Path, device: str) -> set[str]:
+    """Keys of the cells for which `run` would find nothing to do: whose record is there, from this machine and source."""
+    from emca_bench.environment import collect_environment, default_threads
+    from emca_bench.records import read_records
+    from emca_bench.runner import RECORDS, finished_slots
+
+    context = collect_environment(threads=default_threads(), device=device)["context"]
+    return {key for found, key, _ in finished_slots(read_records(folder / RECORDS)) if found == context}
 
 
 def _show_step(progress: Progress, steps: int, step: int, loss: float) -> None:

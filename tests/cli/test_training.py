@@ -62,6 +62,9 @@ def test_processes_train_and_run_scores(tmp_path: Path, cli):
     assert scored.returncode == 0, scored.stderr
     assert record(tmp_path / "run")["values"]["train_seconds"] == seconds
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    again = cli("train", study, "--out", "run", OMP_NUM_THREADS="1")
+    assert again.stdout.startswith("trained: 0 cells in run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def record_of_state(path: Path) -> float:
