@@ -122,6 +122,14 @@ def accuracy(session: nox.Session) -> None:
 
 
 @nox.session
+def ablations(session: nox.Session) -> None:
+    """Accuracy beside cost, switch by switch: `-- prototypes`, `-- layers` or `-- components`, each with `--quick` for minutes."""
+    if not session.posargs:
+        session.error("which ablation? prototypes, layers or components; for example: python3 -m nox -s ablations -- prototypes --quick")
+    run_study(session, session.posargs[0])
+
+
+@nox.session
 def flops(session: nox.Session) -> None:
     """Multiply-adds of whole models by component."""
     run_study(session, "flops")

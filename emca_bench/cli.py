@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emca_bench.errors import UsageError, did_you_mean, listing
 
 if TYPE_CHECKING:
+    from emca_bench.progress import Progress
     from emca_bench.specs import Study
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -60,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_study_arguments(sub)
     sub.add_argument("--threads", type=int, help="threads of torch, all cores by default")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub = verb("train", train, "train the cells of a study and nothing else, under torchrun in several processes; run scores them")
+    _add_study_arguments(sub)
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub.add_argument("--tensorboard", type=Path, help="folder for curves, a folder below it for each cell")
     sub = verb("report", report, "render the report of a run folder")
     sub.add_argument("run", type=Path, help="run folder")
     sub.add_argument("--out", type=Path, help="folder of the report, the run folder by default")
@@ -72,6 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", type=Path, help=".pkl (detectron2), .pth, .pt, .bin, .safetensors, or a Hugging Face folder")
     sub.add_argument("target", type=Path, help="file to write; its suffix says the format: .pkl, .pth, .pt, .bin or .safetensors")
     sub.add_argument("--names", choices=["original", "transformers"], default="original", help="whose parameter names the target has")
+    sub = verb("data", data, "check a data set, or show what a model will be trained on")
+    sub.add_argument("do", choices=["check", "preview"])
+    sub.add_argument("path", type=Path, help="folder of the data set")
+    sub.add_argument("--layout", help="its layout, found by its files by default: see docs/datasets.md")
+    sub.add_argument("--limit", type=int, default=0, help="check: images of each split to read, all by default")
+    sub.add_argument("--out", type=Path, help="preview: PNG file to write")
+    sub.add_argument("--split", default="train", help="preview: train by default")
+    sub.add_argument("--crop", default="384x384", help="preview: HxW of the training crops")
+    sub.add_argument("--seed", type=int, default=0, help="preview: another seed shows other crops")
     sub = verb("env", environment, "show the environment that a measurement would record")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
@@ -113,7 +129,8 @@ def _list_studies() -> list[tuple[str, str]]:
     rows = []
     for name, path in sorted(paths.items()):
         studies = load_studies(path)
-        rows.append((name, studies[0].question if len(studies) == 1 else "all of " + ", ".join(study.name for study in studies)))
+        one = all(study.name.startswith(studies[0].name) for study in studies)
+        rows.append((name, studies[0].question if one else "all of " + ", ".join(study.name for study in studies)))
     return rows
 
 
@@ -238,6 +255,66 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     return FAILED if outcome.failed else OK
 
 
+def train(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench train`."""
+    from emca_bench.measure.accuracy import check_data
+    from emca_bench.measure.training import train_cell
+    from emca_bench.progress import Progress
+    from emca_bench.runner import checkpoint_path, on_device
+    from emca_bench.train import Processes
+
+    part, _, folder = _load(arguments)
+    cells = [cell for study in on_device(part, arguments.device) if "accuracy" in study.measures for cell in study.cells()]
+    if not cells:
+        raise UsageError(f"study {arguments.study!r} trains nothing; expected one with the measure 'accuracy'")
+    for cell in {(cell.arm.name, cell.params["dataset"]): cell for cell in cells}.values():
+        check_data(cell.params)
+    scored = _scored(folder, arguments.device)
+    cells = [cell for cell in cells if cell.key("accuracy") not in scored]
+    processes = Processes(arguments.device)
+    with Progress([("train", cell.key("accuracy")) for cell in cells], stream=None if processes.first else io.StringIO()) as progress:
+        for cell in cells:
+            key, steps = cell.key("accuracy"), int(cell.params["steps"])
+            progress.start("train", key, f"train {cell.label()}")
+            train_cell(
+                cell.arm,
+                cell.params,
+                checkpoint=checkpoint_path(folder, key),
+                tensorboard=arguments.tensorboard and arguments.tensorboard / f"{cell.arm.name}-{cell.params['seed']}-{key}",
+                processes=processes,
+                on_step=partial(_show_step, progress, steps),
+            )
+            progress.finish()
+    if processes.first:
+        count = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
+        print(f"trained: {count} in {folder}. To score: {shlex.join(['emca-bench', 'run', *_same_run(argv)])}")
+    processes.end()
+    return OK
+
+
+def _scored(folder: Path, device: str) -> set[str]:
+    """Keys of the cells for which `run` would find nothing to do: whose record is there, from this machine and source."""
+    from emca_bench.environment import collect_environment, default_threads
+    from emca_bench.records import read_records
+    from emca_bench.runner import RECORDS, finished_slots
+
+    context = collect_environment(threads=default_threads(), device=device)["context"]
+    return {key for found, key, _ in finished_slots(read_records(folder / RECORDS)) if found == context}
+
+
+def _show_step(progress: Progress, steps: int, step: int, loss: float) -> None:
+    progress.update(step / steps, f"step {step}/{steps}, loss {loss:.2f}")
+
+
+def _same_run(argv: Sequence[str]) -> list[str]:
+    """The arguments of `train` that `run` takes too."""
+    words = list(argv[1:])
+    for index, word in enumerate(words):
+        if word == "--tensorboard":
+            return words[:index] + words[index + 2 :]
+    return [word for word in words if not word.startswith("--tensorboard=")]
+
+
 def _portable(arguments: argparse.Namespace) -> str:
     """The command for the record: without paths of this machine."""
     words = ["emca-bench", "run", Path(arguments.study).stem, *(["--quick"] if arguments.quick else [])]
@@ -288,6 +365,46 @@ def convert(arguments: argparse.Namespace, argv: list[str]) -> int:
     from emca_bench.models import checkpoints
 
     print(checkpoints.convert(arguments.source, arguments.target, names=arguments.names))
+    return OK
+
+
+def data(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench data`."""
+    return _check_data(arguments) if arguments.do == "check" else _preview_data(arguments)
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from emca_bench.data.check import check_folder, describe
+
+    def on_image(what: str, done: int, total: int) -> None:
+        if done == total or done % 500 == 0:
+            print(f"{what}: {done}/{total}", file=sys.stderr)
+
+    if arguments.limit < 0:
+        raise UsageError(f"--limit {arguments.limit}: expected 0 for all, or a number of images")
+    checks = check_folder(arguments.path, layout=arguments.layout, limit=arguments.limit, on_image=on_image)
+    for check in checks:
+        print("\n".join(describe(check)))
+    problems = sum(len(check.problems) for check in checks)
+    print(f"{problems or 'no'} problem{'' if problems == 1 else 's'}")
+    return FAILED if problems else OK
+
+
+def _preview_data(arguments: argparse.Namespace) -> int:
+    from emca_bench.data.layouts import layouts_of, open_split
+    from emca_bench.specs import parse_size
+    from emca_bench.train.preview import preview
+    from emca_bench.train.recipe import Recipe
+
+    if arguments.out is None or arguments.out.suffix.lower() != ".png":
+        raise UsageError(f"--out {arguments.out}: expected the PNG file to write")
+    # of several layouts of the same images, the one with segments shows more
+    layout = layouts_of(arguments.path, arguments.layout)[-1]
+    dataset = open_split(arguments.path, layout, arguments.split)
+    task = "semantic" if dataset[0].panoptic is None else "panoptic"
+    recipe = Recipe(steps=1, batch=min(4, len(dataset)), crop=parse_size(arguments.crop, what="--crop"), seed=arguments.seed)
+    preview(dataset, dataset.classes, recipe, task).save(arguments.out)
+    print(f"{layout} {arguments.split}, {task}: {arguments.out}")
     return OK
 
 

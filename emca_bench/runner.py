@@ -21,6 +21,10 @@ from emca_bench.records import Record, RecordWriter, read_records, write_atomica
 from emca_bench.specs import Cell, Study, canonical_json, dump_lock
 
 RECORDS, LOCK, ENVIRONMENT, ARTIFACTS, WORKER_LOG = "records.jsonl", "study.lock.json", "environment.json", "artifacts", "worker.log"
+TRAINED = ("mechanism", "accuracy")
+"""Measures that train, after all that are timed."""
+CHECKPOINTS = "checkpoints"
+"""Folder of trainings under way, a file each; gone when their record is there."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def plan(studies: Sequence[Study]) -> list[Task]:
                 cells = study.cells()
                 order.shuffle(cells)
                 tasks += [Task(study, cell, "latency", number) for cell in cells]
-    tasks += [Task(study, cell, "accuracy", 0) for study in studies if "accuracy" in study.measures for cell in study.cells()]
+    for measure in TRAINED:
+        tasks += [Task(study, cell, measure, 0) for study in studies if measure in study.measures for cell in study.cells()]
     return tasks
 
 
@@ -115,6 +120,8 @@ def run(
                 progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
                 record = _measure(worker, task, context, progress)
                 writer.append(record)
+                if record.status == "ok":
+                    checkpoint_path(folder, task.key).unlink(missing_ok=True)
                 progress.finish()
                 outcome.measured += record.status == "ok"
                 outcome.failed += record.status == "failed"
@@ -122,6 +129,11 @@ def run(
                 if record.status != "ok":
                     progress.note(f"{record.status}: {task.measure} {task.cell.label()}: {record.reason}")
     return outcome
+
+
+def checkpoint_path(folder: Path, key: str) -> Path:
+    """Where the training of a cell keeps its state."""
+    return folder / CHECKPOINTS / f"{key}.pt"
 
 
 def on_device(studies: Sequence[Study], device: str) -> list[Study]:
@@ -214,7 +226,7 @@ class Worker:
         Raises:
             UsageError: the request cannot be carried out as written.
         """
-        patient = do == "accuracy"
+        patient = do in TRAINED
         if self._process is None or patient != self._patient:
             self._stop()
             self._start(patient=patient)
@@ -227,6 +239,7 @@ class Worker:
             "settings": asdict(task.study.settings),
             "key": task.key,
             "artifacts": str(self._folder / ARTIFACTS),
+            "checkpoint": str(checkpoint_path(self._folder, task.key)),
         }
         try:
             self._process.stdin.write(canonical_json(request) + "\n")

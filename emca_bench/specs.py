@@ -37,7 +37,10 @@ MASKS = ("none", "bool")
 CEILINGS = ("burst", "matmul", "copy", "read")
 """Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""
 
-MEASURES = ("macs", "latency", "memory", "accuracy")
+MEASURES = ("macs", "latency", "memory", "accuracy", "mechanism")
+
+NEEDS = ("one", "mean", "modes")
+"""What a generated task asks a cross-attention to find: one marked pixel, the mean of the mask, several marked pixels."""
 
 Value = str | int | float | bool
 
@@ -58,6 +61,9 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "classes": (int, "classes of the model, without the no-object class"),
     "mask_source": (str, "logits: masks resized as published; features: resized features, the exact rewrite R2"),
     "layers": (int, "decoder layers"),
+    "attention_layers": (str, "decoder layers with the arm's attention, all by default: numbers from 0 and ranges, as in 0-2,5"),
+    "mask_use": (str, "whether cross-attentions see their masks, always by default: always, annealed, never"),
+    "other_attention": (str, "attention of the other decoder layers, masked_fused by default"),
     "pretrained": (bool, "whether the backbone starts from ImageNet weights"),
     "frozen": (bool, "whether the backbone keeps its weights in training"),
     "dataset": (str, "name in the dataset registry (measure accuracy)"),
@@ -65,22 +71,52 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "task": (str, "what is trained and evaluated: semantic, the default, or panoptic (measure accuracy)"),
     "object_threshold": (float, "least class score of a panoptic segment, 0.8 by default (task panoptic)"),
     "overlap_threshold": (float, "least share of its mask that a panoptic segment keeps, 0.8 by default (task panoptic)"),
-    "steps": (int, "optimiser steps (measure accuracy)"),
+    "need": (str, f"what a generated task asks for: {', '.join(NEEDS)} (measure mechanism)"),
+    "steps": (int, "optimiser steps (measures accuracy and mechanism)"),
     "learning_rate": (float, "peak learning rate (measure accuracy)"),
+    "recipe": (str, "named numbers of a training, short by default: short, mask2former (measure accuracy)"),
     "points": (int, "sampled points per mask in matching and losses (measure accuracy)"),
+    "backbone_multiplier": (float, "of the learning rate of a pretrained backbone (measure accuracy)"),
+    "weight_decay": (float, "of AdamW; norms and embeddings have none (measure accuracy)"),
+    "warmup": (float, "share of the steps over which the learning rate rises (measure accuracy)"),
+    "schedule": (str, "cosine or poly: how the learning rate falls (measure accuracy)"),
+    "clip_norm": (float, "largest 2-norm of all gradients together (measure accuracy)"),
+    "precision": (str, "float32, or bfloat16 for autocast in training (measure accuracy)"),
+    "ema": (float, "decay of the average of the weights that is evaluated, 0 for none (measure accuracy)"),
+    "frozen_norms": (bool, "whether batch norms keep what they have in training (measure accuracy)"),
+    "short_side": (int, "shorter side of training images in pixels at scale 1, 0 for their own (measure accuracy)"),
+    "loader_workers": (int, "processes that read and augment images; 0 holds all images in memory (measure accuracy)"),
+    "diagnostic_images": (int, "validation images on which prototypes are looked at, 0 for none (measure accuracy)"),
+    "keep_weights": (bool, "whether the run folder keeps the trained weights (measure accuracy)"),
     "seed": (int, "random seed of initialisation, data order and augmentation (measure accuracy)"),
     "train_images": (int, "number of training images, 0 = all (measure accuracy)"),
     "test_images": (int, "number of test images, 0 = all (measure accuracy)"),
 }
 """Everything a study may set beside its arms: type and meaning."""
 
-CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS}
+RECIPE_NUMBERS = (
+    *("steps", "batch", "learning_rate", "backbone_multiplier", "weight_decay", "warmup", "schedule", "clip_norm", "points"),
+    *("precision", "ema", "frozen_norms", "short_side", "seed"),
+)
+"""Parameters that are numbers of the recipe, under the same names."""
+
+TRAINING_PARAMETERS = frozenset(RECIPE_NUMBERS) | {
+    *("dataset", "test_split", "task", "object_threshold", "overlap_threshold", "train_images", "test_images", "recipe", "pretrained"),
+    *("frozen", "loader_workers", "diagnostic_images", "keep_weights"),
+}
+"""Parameters that say how a model is trained and scored, not what a call of it costs."""
+
+COST_SUFFIX = "-cost"
+"""Ends the name of the study that a table [cost] adds: what the trained configurations cost."""
+
+CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS, "need": NEEDS}
 """Values of the parameters that are one of a few words."""
 
 REQUIRED = {
     "kernel": ("op", "pixels", "width", "batch"),
     "attention": ("pixels", "queries", "width", "batch"),
     "model": ("model", "image_size", "classes", "batch"),
+    "mechanism": ("need", "pixels", "queries", "width", "batch", "steps", "seed"),
     "accuracy": ("model", "dataset", "steps", "batch", "seed", "image_size"),
 }
 """Parameters without which a cell cannot be measured."""
@@ -245,6 +281,8 @@ class Study:
         """The part of the study where parameters (or `arm`) equal the given values, compared as text."""
         study = self
         for name, wanted in conditions.items():
+            if name in TRAINING_PARAMETERS and self.name.endswith(COST_SUFFIX):
+                continue
             if name == "arm":
                 known = [arm.name for arm in self.arms]
                 kept = tuple(arm for arm in study.arms if arm.name == wanted)
@@ -271,7 +309,7 @@ def canonical_json(value: Any) -> str:
 
 
 def load_studies(path: Path, *, quick: bool = False) -> list[Study]:
-    """The studies of one TOML file: one, or those that a union names.
+    """The studies of one TOML file: one, or those that a union names; a table [cost] adds one, see `COST_SUFFIX`.
 
     Args:
         path: the file; a union (`[study] union = [...]`) names its neighbours without `.toml`.
@@ -280,15 +318,40 @@ def load_studies(path: Path, *, quick: bool = False) -> list[Study]:
     Raises:
         UsageError: with the file, the key, what was found and what was expected.
     """
-    data = _read(path)
+    data = _read_like(path)
     study = data.get("study", {})
     if not isinstance(study, dict) or "union" not in study:
-        return [_Reader(path, data).study(quick=quick)]
+        return _Reader(path, data).studies(quick=quick)
     _known_keys(path, data, ("study",), "table")
     _known_keys(path, study, ("name", "title", "question", "union", "quick"), "key of [study]")
     return [
         found for name in study["union"] for found in load_studies(path.with_name(f"{name}.toml"), quick=quick or bool(study.get("quick")))
     ]
+
+
+def _read_like(path: Path) -> dict[str, Any]:
+    """A file, laid over the one that `[study] like` names; lists and values are replaced, tables are merged."""
+    data = _read(path)
+    study = data.get("study", {})
+    if not isinstance(study, dict) or "like" not in study:
+        return data
+    name = study.pop("like")
+    if not isinstance(name, str) or name == path.stem:
+        raise UsageError(f"{path}: 'like' in [study] must name another study beside it, found {name!r}")
+    found = _merged(_read_like(path.with_name(f"{name}.toml")), data)
+    # what becomes an axis is fixed no more, and the other way round
+    for here, there in (("axes", "fixed"), ("fixed", "axes")):
+        for key in data.get(here, {}):
+            found.get(there, {}).pop(key, None)
+    return found
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else value
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -314,12 +377,44 @@ class _Reader:
         self.path = path
         self.data = data
 
+    def studies(self, *, quick: bool) -> list[Study]:
+        """The study of the file, and what its arms cost if the file asks for it."""
+        study = self.study(quick=quick)
+        return [study, self._cost(study)] if "cost" in self.data else [study]
+
+    def _cost(self, study: Study) -> Study:
+        """The arms of a study, each once, without what concerns training."""
+        table, overlay = self._table("cost"), self._table("quick").get("cost", {}) if study.quick else {}
+        for part, name in ((table, "key of [cost]"), (overlay, "key of [quick.cost]")):
+            _known_keys(self.path, part, ("measures", "fixed", "settings"), name)
+        kept = {name: value for name, value in study.fixed.items() if name not in TRAINING_PARAMETERS}
+        own = {name: self._value(name, value) for name, value in {**table.get("fixed", {}), **overlay.get("fixed", {})}.items()}
+        arms = [
+            replace(arm, overrides={name: value for name, value in arm.overrides.items() if name not in TRAINING_PARAMETERS})
+            for arm in study.arms
+        ]
+        cost = replace(
+            study,
+            name=study.name + COST_SUFFIX,
+            title=f"{study.title}: cost",
+            question="What does a call of each arm cost?",
+            measures=tuple(table.get("measures", ("macs", "latency", "memory"))),
+            arms=tuple(arms),
+            axes={name: values for name, values in study.axes.items() if name not in TRAINING_PARAMETERS},
+            fixed={**kept, **own},
+            settings=self._settings({**table.get("settings", {}), **overlay.get("settings", {})}),
+            expected=(),
+            targets=(),
+        )
+        self._check(cost)
+        return cost
+
     def study(self, *, quick: bool) -> Study:
-        _known_keys(self.path, self.data, ("study", "settings", "fixed", "axes", "arms", "quick", "expected", "target"), "table")
+        _known_keys(self.path, self.data, ("study", "settings", "fixed", "axes", "arms", "quick", "cost", "expected", "target"), "table")
         head = self._table("study")
         _known_keys(self.path, head, ("name", "title", "question", "measures", "baselines", "method", "margin"), "key of [study]")
         overlay = self._table("quick")
-        _known_keys(self.path, overlay, ("settings", "fixed", "axes"), "table in [quick]")
+        _known_keys(self.path, overlay, ("settings", "fixed", "axes", "cost"), "table in [quick]")
         if not quick:
             overlay = {}
         name = self._need(head, "name", str, "[study]")
@@ -445,7 +540,8 @@ class _Reader:
             self._choice("baseline arm", baseline, [arm.name for arm in study.arms])
         for cell in study.cells():
             scope = str(cell.params["scope"])
-            kind = "accuracy" if "accuracy" in study.measures else scope if scope in REQUIRED else "model"
+            trains = next((measure for measure in ("accuracy", "mechanism") if measure in study.measures), None)
+            kind = trains if trains is not None else scope if scope in REQUIRED else "model"
             uncounted = scope == "kernel" or cell.params.get("pass", PASSES[0]) != PASSES[0]
             if uncounted and {"macs", "accuracy"} & set(study.measures):
                 raise UsageError(f"{self.path}: scope kernel and pass forward_backward take measures latency and memory only")

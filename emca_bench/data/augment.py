@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from emca_bench.data.base import IGNORE, IMAGE_PADDING, VOID, Sample
+from emca_bench.data.base import IGNORE, IMAGE_PADDING, VOID, Sample, Segment
 from emca_bench.errors import UsageError
 
 Labels = TypeVar("Labels", npt.NDArray[np.uint8], npt.NDArray[np.int32])
@@ -25,6 +25,7 @@ class Augmentation:
     Attributes:
         size: (H, W) of the result in pixels; what the scaled image does not fill, at the bottom and the right, is padding.
         scale: least and greatest scale; drawn uniformly in its logarithm.
+        short_side: the shorter side in pixels that a scale of 1 gives; 0 for the image's own.
         flip: whether to flip horizontally half of the time.
         color: greatest relative change of brightness, contrast and saturation, each drawn uniformly; 0 for none.
 
@@ -34,6 +35,7 @@ class Augmentation:
 
     size: Sequence[int]
     scale: Sequence[float] = (0.5, 2.0)
+    short_side: int = 0
     flip: bool = True
     color: float = 0.2
 
@@ -42,18 +44,25 @@ class Augmentation:
             raise UsageError(f"augmentation size is {self.size!r}; expected (H, W) of at least 1 pixel")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(f"augmentation scale is {self.scale!r}; expected (least, greatest) with 0 < least <= greatest")
+        if self.short_side < 0:
+            raise UsageError(f"augmentation short_side is {self.short_side!r}; expected 0 or the shorter side in pixels")
         if not 0 <= self.color < 1:
             raise UsageError(f"augmentation color is {self.color!r}; expected a number in 0..1, 1 excluded")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """The transformed sample, of size `self.size`, without the segments that left the picture."""
         scale = float(np.exp(rng.uniform(*np.log(self.scale))))
+        if self.short_side:
+            scale *= self.short_side / min(sample.size)
+        # which segments are left is asked once, at the end: finding the ids of a map is the dearest part of a step
+        segments, sample = sample.segments, replace(sample, segments=())
         sample = crop(resize(sample, scale), self.size, (rng.random(), rng.random()))
         if self.flip and rng.random() < 0.5:
             sample = flip(sample)
         if self.color:
             sample = replace(sample, image=jitter_color(sample.image, 1 + self.color * rng.uniform(-1, 1, 3)))
-        return pad(sample, self.size)
+        sample = pad(sample, self.size)
+        return replace(sample, segments=_present(segments, sample.panoptic))
 
 
 def resize(sample: Sample, scale: float) -> Sample:
@@ -102,8 +111,12 @@ def jitter_color(image: npt.NDArray[np.uint8], factors: npt.NDArray[np.float64])
 def _with_maps(
     sample: Sample, image: npt.NDArray[np.uint8], semantic: npt.NDArray[np.uint8], panoptic: npt.NDArray[np.int32] | None
 ) -> Sample:
-    segments = sample.segments
-    if panoptic is not None:
-        present = set(np.unique(panoptic).tolist())
-        segments = tuple(segment for segment in segments if segment.id in present)
-    return Sample(sample.name, image, semantic, panoptic, segments)
+    return Sample(sample.name, image, semantic, panoptic, _present(sample.segments, panoptic))
+
+
+def _present(segments: tuple[Segment, ...], panoptic: npt.NDArray[np.int32] | None) -> tuple[Segment, ...]:
+    """The segments of which a map has pixels."""
+    if panoptic is None or not segments:
+        return segments
+    present = set(np.unique(panoptic).tolist())
+    return tuple(segment for segment in segments if segment.id in present)

@@ -113,11 +113,13 @@ class CocoPanoptic(Dataset):
         entry = self._entries[index]
         channels = decode(entry.map, "RGB").astype(np.int32)
         ids = channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
-        present, places = np.unique(ids, return_inverse=True)
+        present = np.unique(ids)
         self._check_ids(set(present.tolist()) - {VOID}, entry)
         category = {VOID: IGNORE, **{segment.id: segment.category for segment in entry.segments}}
         table = np.array([category[segment] for segment in present.tolist()], dtype=np.uint8)
-        return Sample(entry.name, decode(entry.image, "RGB"), table[places.reshape(ids.shape)], ids, entry.segments)
+        # faster than the inverse of np.unique, which sorts all pixels
+        places = np.searchsorted(present, ids)
+        return Sample(entry.name, decode(entry.image, "RGB"), table[places], ids, entry.segments)
 
     def _check_ids(self, found: set[int], entry: _Entry) -> None:
         listed = {segment.id for segment in entry.segments}

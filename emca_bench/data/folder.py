@@ -163,8 +163,17 @@ def decode(path: Path, mode: str | None) -> npt.NDArray[np.uint8]:
         with Image.open(path) as picture:
             if mode is None and picture.mode not in ("L", "P"):
                 raise UsageError(f"labels {path} have the pixel mode {picture.mode!r}; expected one channel of 8 bits ('L' or 'P')")
+            if mode == "RGB" and picture.mode.startswith("I"):
+                return _high_bytes(np.array(picture), path)
             return np.array(picture if mode is None else picture.convert(mode), dtype=np.uint8)
     except UsageError:
         raise
     except UNREADABLE as error:
         raise UsageError(f"cannot decode {path} ({path.stat().st_size} bytes): {error}; expected a whole image file") from error
+
+
+def _high_bytes(gray: npt.NDArray[np.integer], path: Path) -> npt.NDArray[np.uint8]:
+    """A grey image of 16 bits as Pillow reads a coloured one: the high byte. Its conversion of grey ones clips at 255."""
+    if gray.size and (gray.min() < 0 or gray.max() > 0xFFFF):
+        raise UsageError(f"image {path} has values in {gray.min()}..{gray.max()}; expected 8 or 16 bits")
+    return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=-1)

@@ -56,7 +56,8 @@ def panoptic_targets(sample: Sample) -> Targets:
     told_apart = [segment for segment in sample.segments if not segment.iscrowd]
     ids_T = torch.tensor([segment.id for segment in told_apart], dtype=torch.int64)
     labels_T = torch.tensor([segment.category for segment in told_apart], dtype=torch.int64)
-    return Targets(labels_T, panoptic_HW == ids_T[:, None, None], torch.isin(panoptic_HW, ids_T))
+    masks_THW = panoptic_HW == ids_T[:, None, None]
+    return Targets(labels_T, masks_THW, masks_THW.any(0))
 
 
 TASKS: dict[str, Callable[[Sample], Targets]] = {"semantic": semantic_targets, "panoptic": panoptic_targets}

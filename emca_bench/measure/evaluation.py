@@ -22,6 +22,7 @@ from emca_bench.models import Predictions
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.records import write_atomically
 from emca_bench.specs import canonical_json
+from emca_bench.train.feed import Samples
 
 SHOWN_IMAGES = 4
 """Test images whose predictions are kept, spread over the split."""
@@ -113,7 +114,7 @@ class Evaluation:
         return {info.name: _percent(value) for info, value in zip(self.classes, values, strict=True)}
 
 
-def evaluate(model: Mask2Former, test: Sequence[Sample], scores: Evaluation, *, shown: Path, on_image: Callable[[int], None]) -> None:
+def evaluate(model: Mask2Former, test: Samples, scores: Evaluation, *, shown: Path, on_image: Callable[[int], None]) -> None:
     """Score a model on all test images at their own resolution, and keep some of its results as PNG.
 
     Args:
@@ -127,7 +128,8 @@ def evaluate(model: Mask2Former, test: Sequence[Sample], scores: Evaluation, *, 
     numbers = {index: number for number, index in enumerate(shown_indices(len(test)))}
     model.eval()
     with torch.inference_mode():
-        for index, sample in enumerate(test):
+        for index in range(len(test)):
+            sample = test[index]
             # a permuted view of an RGB image is already channels-last
             image = torch.from_numpy(sample.image.copy())[None].permute(0, 3, 1, 2).float().to(device)
             results = scores.add(sample, model(image))
@@ -172,7 +174,7 @@ def shown_indices(count: int) -> list[int]:
     return sorted({int(position) for position in np.linspace(0, count - 1, min(SHOWN_IMAGES, count)).round()})
 
 
-def write_shown_images(dataset: Dataset, test: Sequence[Sample], folder: Path, *, segments: bool) -> None:
+def write_shown_images(dataset: Dataset, test: Samples, folder: Path, *, segments: bool) -> None:
     """Image and truth of the shown test images, and the classes with their colours: what overlays are painted from."""
     classes = [{"name": info.name, "thing": info.thing, "color": list(info.color)} for info in dataset.classes]
     folder.mkdir(parents=True, exist_ok=True)

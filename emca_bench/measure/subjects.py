@@ -24,7 +24,10 @@ COMPILE = "compile"
 """Switch of an arm of scope attention: its module goes through torch.compile. Forward only."""
 DECODER_STRIDES = (32, 16, 8)
 
-MODEL_OVERRIDES = ("queries", "width", "layers", "mask_source", "pretrained", "frozen")
+MODEL_OVERRIDES = (
+    *("queries", "width", "layers", "mask_source", "pretrained", "frozen"),
+    *("attention_layers", "other_attention", "mask_use"),
+)
 """Parameters of a study that go to `build_model` as they are."""
 
 

@@ -26,6 +26,7 @@ from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.flops import count_macs
 from emca_bench.measure.inputs import ImpossibleError
 from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
+from emca_bench.measure.mechanism import measure_mechanism
 from emca_bench.measure.memory import peak_memory_bytes
 from emca_bench.measure.subjects import Subject, build_subject, check_arm
 from emca_bench.specs import Arm, Settings, canonical_json
@@ -111,7 +112,23 @@ def _memory(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     return {"values": values}
 
 
+def _mechanism(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    return measure_mechanism(Arm(**request["arm"]), request["params"], on_progress=_told(answer))
+
+
 def _accuracy(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    return measure_accuracy(
+        Arm(**request["arm"]),
+        request["params"],
+        key=request["key"],
+        artifacts=Path(request["artifacts"]),
+        checkpoint=Path(request["checkpoint"]),
+        on_progress=_told(answer),
+    )
+
+
+def _told(answer: Answer) -> Callable[[int, int, str], None]:
+    """Passes progress on, from time to time."""
     last = 0.0
 
     def on_progress(done: int, total: int, text: str) -> None:
@@ -121,9 +138,7 @@ def _accuracy(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
             last = now
             answer({"kind": "progress", "done": done, "total": total, "text": text})
 
-    return measure_accuracy(
-        Arm(**request["arm"]), request["params"], key=request["key"], artifacts=Path(request["artifacts"]), on_progress=on_progress
-    )
+    return on_progress
 
 
 def _subject(request: Mapping[str, Any], settings: Settings) -> Subject:
@@ -142,6 +157,7 @@ HANDLERS: dict[str, Callable[[Mapping[str, Any], Answer], dict[str, Any]]] = {
     "latency": _latency,
     "memory": _memory,
     "accuracy": _accuracy,
+    "mechanism": _mechanism,
 }
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from emca_bench.models.attention import CrossAttention, build_attention
 from emca_bench.models.backbones import BACKBONES
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.mask_decoder import MaskDecoder
+from emca_bench.models.mask_use import MaskUse
 from emca_bench.models.pixel_decoders import PIXEL_DECODERS
 from emca_bench.registry import Registry
 
@@ -121,7 +122,15 @@ MODELS.register("mask2former_tiny")(
 
 
 def build_model(
-    name: str, *, num_classes: int, attention: str | None = None, attention_switches: Mapping[str, Any] | None = None, **overrides: Any
+    name: str,
+    *,
+    num_classes: int,
+    attention: str | None = None,
+    attention_switches: Mapping[str, Any] | None = None,
+    attention_layers: str = "all",
+    other_attention: str = "masked_fused",
+    mask_use: str = "always",
+    **overrides: Any,
 ) -> Mask2Former:
     """A model by its registry name, with random weights unless a pretrained backbone is asked for.
 
@@ -130,6 +139,10 @@ def build_model(
         num_classes: without "no object".
         attention: registry name of the cross-attention; None: the model's own, "emca" in Mask2Former.
         attention_switches: of the attention, see its factory.
+        attention_layers: decoder layers that have this attention: "all", or numbers from 0 and ranges, as in "0-2,5". Layer i attends to
+            stride 32, 16 or 8 in turn, so that "2,5,8" are the layers of stride 8.
+        other_attention: registry name of the attention of all other layers.
+        mask_use: "always"; "never" lets all cross-attentions look everywhere, "annealed" takes their masks away in the course of training.
         overrides: of the architecture's numbers (queries, layers, width, mask_source, ...) and of its parts' options.
 
     Raises:
@@ -140,13 +153,18 @@ def build_model(
     if width < 1 or width % architecture.heads:
         raise UsageError(f"width={width} must be a multiple of the {architecture.heads} heads")
 
+    chosen = parse_layers(attention_layers, architecture.layers)
+    layers = iter(range(architecture.layers))
+
     def cross_attention() -> CrossAttention:
+        if next(layers) not in chosen:
+            return build_attention(other_attention, width=width)
         return build_attention(architecture.attention if attention is None else attention, width=width, **(attention_switches or {}))
 
     backbone = BACKBONES[architecture.backbone](**architecture.backbone_options)
     make_pixel_decoder = PIXEL_DECODERS[architecture.pixel_decoder]
     pixel_decoder = make_pixel_decoder(channels=backbone.channels, width=width, **architecture.pixel_decoder_options)
-    return Mask2Former(
+    model = Mask2Former(
         backbone=backbone,
         pixel_decoder=pixel_decoder,
         predictor=MaskDecoder(
@@ -162,6 +180,30 @@ def build_model(
             mask_source=architecture.mask_source,
         ),
     )
+    use = MaskUse(mask_use)
+    if mask_use != "always":
+        use.attach(model)
+        model.mask_use = use
+    return model
+
+
+def parse_layers(text: str, layers: int) -> frozenset[int]:
+    """`"0-2,5"` to layer numbers, `"all"` to every one of `layers`.
+
+    Raises:
+        UsageError: not of this form, or a layer that is not there.
+    """
+    if text == "all":
+        return frozenset(range(layers))
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(first) > int(last or first):
+            raise UsageError(f"attention_layers={text!r}; expected 'all', or numbers from 0 and ranges as in '0-2,5'")
+        found.update(range(int(first), int(last or first) + 1))
+    if max(found) >= layers:
+        raise UsageError(f"attention_layers={text!r} names layer {max(found)}; expected 0..{layers - 1}, the decoder has {layers} layers")
+    return frozenset(found)
 
 
 def _overridden(name: str, architecture: Architecture, overrides: Mapping[str, Any]) -> Architecture:

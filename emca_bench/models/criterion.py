@@ -91,7 +91,10 @@ class Criterion(nn.Module):
         wanted_BQ = torch.full(class_logits_BQK.shape[:2], no_object, dtype=torch.int64, device=class_logits_BQK.device)
         for row, target, match in zip(wanted_BQ, targets, matches, strict=True):
             row[match.queries.to(row.device)] = target.labels[match.segments.to(target.labels.device)]
-        return F.cross_entropy(class_logits_BQK.mT, wanted_BQ, self.empty_weight.to(class_logits_BQK.dtype))
+        weight = self.empty_weight.to(class_logits_BQK.dtype)
+        total = F.cross_entropy(class_logits_BQK.mT, wanted_BQ, weight, reduction="sum")
+        # the mean over the joint batch, so that a run does not depend on the number of its processes
+        return total / _mean_over_processes(weight[wanted_BQ].sum())
 
     def _mask_losses(
         self, predictions: Predictions, targets: Sequence[Segments], matches: list[Match], segments: float
@@ -112,12 +115,16 @@ class Criterion(nn.Module):
 
 def _segments_per_process(targets: Sequence[Segments], device: torch.device) -> float:
     """What sums over masks are divided by: true segments, matched or not, their mean over the processes of a distributed training."""
-    count = float(sum(len(target.labels) for target in targets))
+    count = torch.tensor(float(sum(len(target.labels) for target in targets)), device=device)
+    return max(_mean_over_processes(count).item(), 1.0)
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
-        total = torch.tensor(count, device=device)
-        dist.all_reduce(total)
-        count = total.item() / dist.get_world_size()
-    return max(count, 1.0)
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
 
 
 def _at_least_float32(predictions: Predictions) -> Predictions:

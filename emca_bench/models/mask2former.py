@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from emca_bench.models.backbones import Backbone
 from emca_bench.models.mask_decoder import MaskDecoder
+from emca_bench.models.mask_use import MaskUse
 from emca_bench.models.pixel_decoders import PixelDecoder
 from emca_bench.models.predictions import Predictions
 
@@ -38,10 +39,14 @@ class Mask2Former(nn.Module):
     """Images to a class and a mask per query.
 
     Source: Cheng et al., Masked-attention Mask Transformer for Universal Image Segmentation, 2022.
+
+    Attributes:
+        mask_use: takes masks away from the cross-attentions; None where they always have them.
     """
 
     def __init__(self, *, backbone: Backbone, pixel_decoder: PixelDecoder, predictor: MaskDecoder) -> None:
         super().__init__()
+        self.mask_use: MaskUse | None = None
         self.backbone = backbone
         self.sem_seg_head = MaskFormerHead(pixel_decoder, predictor)
         self.pixel_mean: Tensor

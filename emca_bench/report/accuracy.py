@@ -130,8 +130,14 @@ class AccuracyGroup:
 
     @property
     def label(self) -> str:
-        """Data set and model."""
-        return ", ".join(str(self.shared[name]) for name in ("dataset", "model") if name in self.shared)
+        """Data set and model, and where on the axes of the study."""
+        swept = [name for name, values in self.study.axes.items() if len(values) > 1 and name not in ("seed", "dataset", "model")]
+        return ", ".join(
+            [
+                *(str(self.shared[name]) for name in ("dataset", "model") if name in self.shared),
+                *(f"{name.replace('_', ' ')} {self.shared[name]}" for name in swept if name in self.shared),
+            ]
+        )
 
     def arm(self, name: str | None) -> ArmAccuracy | None:
         """An arm by name."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from emca_bench.report import numbers
 from emca_bench.report.accuracy import AccuracyGroup, accuracy_groups
 from emca_bench.report.claims import Claim, claims
+from emca_bench.report.costs import costs
 from emca_bench.report.counts import CountRow, attention_counts, model_counts
 from emca_bench.report.kernels import KernelGroup, kernel_groups
 from emca_bench.report.load import Run
@@ -58,9 +59,14 @@ class TradeOff:
 def trade_offs(found: Findings, group: AccuracyGroup) -> tuple[str, list[TradeOff]]:
     """Arms of an accuracy group with their latency in the same run, and what that latency is of.
 
-    Taken from the first that joins at least two arms: model, end to end, decoder (same model name, largest images), else
+    Taken from the first that joins at least two arms: the study's own costs; model, end to end, decoder (same model name, largest images);
     cross-attention alone (most pixels). Empty where none does.
     """
+    own = costs(found.models, group)
+    joined = _join(group, dict(own), same_study=True)
+    if len(joined) > 1:
+        params = next(iter(own.values())).cell.params
+        return f"latency in ms ({numbers.SCOPE_NAMES[str(params['scope'])]}, {numbers.size(params['image_size'])} images)", joined
     for scope in ("model", "end_to_end", "decoder"):
         same = [g for g in found.models if g.shared.get("scope") == scope and g.shared.get("model") == group.shared.get("model")]
         same.sort(key=lambda g: _area(str(g.shared.get("image_size", "0x0"))), reverse=True)
@@ -79,7 +85,7 @@ def trade_offs(found: Findings, group: AccuracyGroup) -> tuple[str, list[TradeOf
     return "", []
 
 
-def _join(group: AccuracyGroup, rows: dict[str, SpeedRow]) -> list[TradeOff]:
+def _join(group: AccuracyGroup, rows: dict[str, SpeedRow], *, same_study: bool = False) -> list[TradeOff]:
     joined = []
     for entry in group.measured:
         row = rows.get(entry.name)
@@ -87,7 +93,7 @@ def _join(group: AccuracyGroup, rows: dict[str, SpeedRow]) -> list[TradeOff]:
             row
             and row.latency_ms
             and entry.score
-            and (row.cell.arm.attention, row.cell.arm.switches) == (entry.arm.attention, entry.arm.switches)
+            and (same_study or (row.cell.arm.attention, row.cell.arm.switches) == (entry.arm.attention, entry.arm.switches))
         ):
             joined.append(TradeOff(arm=entry.name, latency_ms=row.latency_ms, score=entry.score))
     return joined

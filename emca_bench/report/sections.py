@@ -9,15 +9,18 @@ from emca_bench.report import figures, numbers, panoptic, tables
 from emca_bench.report.accuracy import AccuracyGroup
 from emca_bench.report.answer import answer
 from emca_bench.report.arms import label, subject
+from emca_bench.report.costs import RULE, cost_table, costs, recommend
 from emca_bench.report.counts import CountRow
+from emca_bench.report.diagnostics import diagnostics_table
 from emca_bench.report.document import Block, Bullets, Code, Details, Document, Figure, Heading, Paragraph, Strong, Text
 from emca_bench.report.findings import Findings, trade_offs
 from emca_bench.report.load import Run
+from emca_bench.report.mechanism import mechanism_blocks
 from emca_bench.report.method import method_notes
 from emca_bench.report.operators import operator_blocks, target_blocks
 from emca_bench.report.overlays import overlay
 from emca_bench.report.segment_overlays import segment_overlay
-from emca_bench.report.speed import SpeedGroup, crossing, largest
+from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, largest
 from emca_bench.specs import Value
 from emca_bench.stats import speed_verdict
 
@@ -47,6 +50,7 @@ def document(found: Findings) -> Document:
             *_flops(found),
             *_speed(found, palette),
             *_accuracy(found, palette),
+            *mechanism_blocks(found.run),
             *_overlays(found),
             *_troubles(found.run),
             *_commands(found.run),
@@ -248,12 +252,18 @@ def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, fi
         )
     )
     blocks.append(table)
+    rows = costs(found.models, group)
+    beside = cost_table(group, rows)
+    if beside is not None:
+        blocks += [beside, _recommendation(group, rows)]
     cost, entries = trade_offs(found, group)
     if entries:
         drawn = figures.accuracy_over_latency(entries, palette, cost=cost, metric=group.metric.label, title=group.label)
         caption = f"Accuracy against latency. Bars: 95 % intervals. Horizontal axis: {cost}."
         blocks.append(Figure(f"pareto-{name}", f"{group.metric.label} against latency on {group.dataset}", caption, figures.files(drawn)))
     blocks += panoptic.panoptic_details(group) if panoptic_task else []
+    looked = diagnostics_table(group)
+    blocks += [] if looked is None else [Details("Where the queries look, layer by layer", [looked])]
     blocks.append(Details("IoU of every class", [tables.class_table(group)]))
     training: list[Block] = [tables.training_table(group)]
     curves = figures.loss_curves(group, palette)
@@ -261,6 +271,13 @@ def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, fi
         caption = "Thin: each seed as recorded. Bold: running mean over seeds."
         training.append(Figure(f"loss-{name}", f"Training loss on {group.dataset}", caption, figures.files(curves)))
     return [*blocks, Details("What was trained for how long", training)]
+
+
+def _recommendation(group: AccuracyGroup, rows: dict[str, SpeedRow]) -> Paragraph:
+    chosen = recommend(group, rows)
+    if chosen.arm is None:
+        return Paragraph(f"No arm is recommended: {chosen.reason}. {RULE}", "open")
+    return Paragraph(("Recommended: ", Code(chosen.arm), f" ({chosen.reason}). {RULE}"), "good")
 
 
 def _metric_names(group: AccuracyGroup) -> str:

@@ -11,6 +11,7 @@ from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy
 from emca_bench.report.answer import answer
 from emca_bench.report.arms import subject
 from emca_bench.report.claims import Claim
+from emca_bench.report.costs import costs, pareto_arms, recommend
 from emca_bench.report.counts import CountRow
 from emca_bench.report.findings import Findings
 from emca_bench.report.kernels import KernelGroup, flops_rate, traffic_rate
@@ -47,7 +48,7 @@ def summary(found: Findings) -> dict[str, Any]:
         "counts": [_count(row) for group in found.model_counts for row in group],
         "speed": [_row(group, row) for group in found.models for row in group.rows],
         "bounds": [entry for group in found.models for entry in _bounds(group)],
-        "accuracy": [_accuracy(group) for group in found.accuracy],
+        "accuracy": [{**_accuracy(group), **_recommended(found, group)} for group in found.accuracy],
         **_kernels(found),
     }
 
@@ -169,6 +170,15 @@ def _accuracy(group: AccuracyGroup) -> dict[str, Any]:
         "frequency_miou": group.fact("frequency_miou"),
         "arms": arms,
     }
+
+
+def _recommended(found: Findings, group: AccuracyGroup) -> dict[str, Any]:
+    """The front and the arm that the rule chooses, where the costs of the arms are known."""
+    rows = costs(found.models, group)
+    if not rows:
+        return {}
+    chosen = recommend(group, rows)
+    return {"pareto_front": pareto_arms(group, rows), "recommended": {"arm": chosen.arm, "reason": chosen.reason}}
 
 
 def _differences(group: AccuracyGroup, entry: ArmAccuracy) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from emca_bench.report.document import Code, Column, Strong, Table, Text, Tone, 
 from emca_bench.report.load import Result, distinct_cells
 from emca_bench.report.numbers import NOTHING
 from emca_bench.report.speed import SpeedGroup, SpeedRow, free_attention_bound
-from emca_bench.specs import Cell, Study
+from emca_bench.specs import COST_SUFFIX, Cell, Study
 from emca_bench.stats import Ratio, speed_verdict
 
 TONES: Mapping[str, Tone] = {
@@ -212,18 +212,39 @@ def training_table(group: AccuracyGroup) -> Table:
         Column("Epochs", "right"),
         Column("Training time per seed", "right"),
     ]
+    fed = any(entry.average("loader_images_per_second") is not None for entry in group.measured)
+    columns += _feed_columns() if fed else []
     columns += [Column("Final loss", "right"), Column("Pretrained")]
     rows = []
+    batch = float(group.shared.get("batch", 1))
     for entry in group.measured:
         steps, images = entry.average("train_steps"), entry.average("train_images")
-        batch = float(group.shared.get("batch", 1))
         epochs = steps * batch / images if steps and images else None
         seeds = ", ".join(str(seed) for seed in entry.seeds)
         pretrained = next((str(result.values["pretrained"]) for result in entry.finished if result.values.get("pretrained")), "nothing")
         row = [arm(entry.name), Value(seeds), number(steps, lambda count: f"{count:.0f}"), number(epochs, numbers.significant)]
-        row += [number(entry.average("train_seconds"), numbers.duration), number(entry.average("final_loss"), numbers.significant)]
+        row += [number(entry.average("train_seconds"), numbers.duration), *(_feed_cells(entry, batch) if fed else [])]
+        row.append(number(entry.average("final_loss"), numbers.significant))
         rows.append([*row, Value(pretrained)])
     return Table(columns, rows)
+
+
+def _feed_columns() -> list[Column]:
+    return [
+        Column("Trains images/s", "right", "without the time that a step waited for its batch"),
+        Column("Loader images/s", "right", "what all loader processes make if they never wait; above the column before, no step starves"),
+        Column("Waiting for data", "right", "share of the training time"),
+    ]
+
+
+def _feed_cells(entry: ArmAccuracy, batch: float) -> list[Value]:
+    steps, seconds, waiting = (entry.average(name) for name in ("train_steps", "train_seconds", "waiting_seconds"))
+    if not steps or not seconds or waiting is None:
+        return [EMPTY] * 3
+    trained = steps * batch / max(seconds - waiting, 1e-9)
+    share = waiting / seconds
+    made = number(entry.average("loader_images_per_second"), numbers.significant)
+    return [Value(numbers.significant(trained), sort=trained), made, Value(f"{share:.1%}", sort=share)]
 
 
 def conditions_table(rows: Iterable[tuple[str, Text]]) -> Table:
@@ -255,7 +276,7 @@ def command(study: Study, cell: Cell) -> str:
     conditions = {"arm": cell.arm.name, **{name: cell.params[name] for name, values in study.axes.items() if len(values) > 1}}
     overridden = set(cell.arm.overrides)
     chosen = [f"--only {shlex.quote(f'{name}={value}')}" for name, value in conditions.items() if name not in overridden]
-    return " ".join(["emca-bench run", study.name, *(["--quick"] if study.quick else []), *chosen])
+    return " ".join(["emca-bench run", study.name.removesuffix(COST_SUFFIX), *(["--quick"] if study.quick else []), *chosen])
 
 
 def _starts(groups: Iterable[Sequence[object]]) -> frozenset[int]:

@@ -40,9 +40,11 @@ def test_verbs_and_flags_are_frozen():
         "validate": [],
         "plan": study,
         "run": sorted([*study, "--device", "--threads"]),
+        "train": sorted([*study, "--device", "--tensorboard"]),
         "report": ["--accuracies", "--check", "--out", "--readme"],
         "compare": [],
         "convert": ["--names"],
+        "data": ["--crop", "--layout", "--limit", "--out", "--seed", "--split"],
         "env": ["--device"],
     }
 
@@ -217,3 +219,18 @@ def test_starts_within_three_tenths_of_a_second(arguments: list[str]):
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_a_study_without_training_cannot_be_trained(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path):
+    assert "trains nothing; expected one with the measure 'accuracy'" in complaint(capsys, "train", small_study, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_diagnostics_need_a_validation_split(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tree = camvid_tree(tmp_path)
+    for kind in ("images", "annotations"):
+        (tree / kind / "val").rename(tree / kind / "away")
+    monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
+    study = tmp_path / "tiny.toml"
+    study.write_text(REAL_IMAGES.replace("seed = 0", "seed = 0\ndiagnostic_images = 2"))
+    assert "no images of camvid val" in complaint(capsys, "train", study, "--out", tmp_path / "run")

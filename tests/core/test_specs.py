@@ -253,3 +253,97 @@ def test_required_parameters_exist():
 def test_sizes_of_another_form_are_refused(text: str):
     with pytest.raises(UsageError, match="HEIGHTxWIDTH"):
         parse_size(text)
+
+
+COSTLY = """
+[study]
+name = "costly"
+title = "Costly"
+question = "?"
+measures = ["accuracy"]
+baselines = ["emca"]
+
+[fixed]
+scope = "end_to_end"
+model = "mask2former_tiny"
+dataset = "scenes"
+image_size = "64x64"
+batch = 8
+steps = 4
+frozen = true
+
+[axes]
+arm = ["emca", "wide"]
+layers = [1, 3]
+seed = [0, 1]
+
+[arms.wide]
+attention = "emca"
+heads = 4
+learning_rate = 1e-2
+
+[cost.fixed]
+batch = 1
+classes = 10
+
+[cost.settings]
+rounds = 5
+
+[quick.axes]
+layers = [1]
+
+[quick.cost.settings]
+rounds = 2
+"""
+
+
+def test_a_table_of_costs_adds_a_study_of_the_same_arms(tmp_path: Path):
+    path = tmp_path / "costly.toml"
+    path.write_text(COSTLY)
+    study, cost = load_studies(path)
+    assert (study.name, cost.name) == ("costly", "costly-cost")
+    assert cost.measures == ("macs", "latency", "memory")
+    assert dict(cost.axes) == {"layers": (1, 3)}
+    assert (cost.fixed["batch"], cost.fixed["classes"], cost.settings.rounds) == (1, 10, 5)
+    assert not {"dataset", "steps", "seed", "frozen", "learning_rate"} & {name for cell in cost.cells() for name in cell.params}
+    assert [arm.switches for arm in cost.arms] == [arm.switches for arm in study.arms]
+    assert len(study.cells()) == 8
+    assert len(cost.cells()) == 4
+    part = [entry.only({"arm": "wide", "seed": "1", "layers": "3"}) for entry in (study, cost)]
+    assert [len(entry.cells()) for entry in part] == [1, 1]
+    assert load_studies(path, quick=True)[1].settings.rounds == 2
+    lock = tmp_path / "study.lock.json"
+    lock.write_text(dump_lock([study, cost]))
+    assert load_lock(lock) == [study, cost]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("classes = 10\n", "", "needs parameter 'classes'"),
+        ("[cost.settings]", "[cost.setings]", "unknown key of [cost] 'setings' (did you mean 'settings'?)"),
+        ("batch = 1\n", "batc = 1\n", "unknown parameter 'batc' (did you mean 'batch'?)"),
+    ],
+)
+def test_wrong_tables_of_costs_are_named(tmp_path: Path, old: str, new: str, words: str):
+    path = tmp_path / "costly.toml"
+    path.write_text(COSTLY.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        load_studies(path)
+    assert words in str(caught.value)
+
+
+def test_a_study_like_another_has_its_tables_and_its_own(tmp_path: Path):
+    (tmp_path / "costly.toml").write_text(COSTLY)
+    path = tmp_path / "other.toml"
+    path.write_text('[study]\nlike = "costly"\nname = "other"\n[fixed]\nlayers = 2\n[axes]\nsteps = [4, 8]\n[arms.wide]\nheads = 8\n')
+    study, cost = load_studies(path)
+    assert (study.name, study.title, cost.name) == ("other", "Costly", "other-cost")
+    assert study.fixed["layers"] == 2
+    assert "steps" not in study.fixed
+    assert dict(study.axes) == {"steps": (4, 8), "seed": (0, 1)}
+    assert study.arms[1].switches == {"heads": 8}
+    assert study.arms[1].overrides == {"learning_rate": 1e-2}
+    path.write_text('[study]\nlike = "other"\nname = "other"\n')
+    with pytest.raises(UsageError, match=r"'like' in \[study\] must name another study"):
+        load_studies(path)

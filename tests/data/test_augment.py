@@ -151,3 +151,11 @@ def test_semantic_only_samples_have_no_panoptic_after(rng: np.random.Generator) 
 def test_what_cannot_be_done_is_named(options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Augmentation(**options)
+
+
+def test_scales_are_of_the_short_side_where_one_is_set(rng: np.random.Generator) -> None:
+    sample = Scenes("train", size=(64, 96), count=1)[0]
+    augment = Augmentation((128, 192), scale=(1, 1), short_side=128, flip=False, color=0)
+    assert (augment(sample, rng).image == A.resize(sample, 2.0).image).all()
+    with pytest.raises(UsageError, match="short_side is -1"):
+        Augmentation((8, 8), short_side=-1)

@@ -15,6 +15,7 @@ from emca_bench.errors import UsageError
 from emca_bench.measure import accuracy, evaluation
 from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.evaluation import shown_indices
+from emca_bench.models import build_model, load_checkpoint
 from emca_bench.models.matcher import DivergedError
 from emca_bench.specs import Arm
 
@@ -173,3 +174,31 @@ def test_one_model_on_real_facades(tmp_path: Path):
     assert values["pq"] is not None
     assert values["ap"] is not None
     assert len(list((tmp_path / "predictions" / "cell").glob("*_instances.png"))) == 4
+
+
+def test_loader_processes_give_the_same_cell(tmp_path: Path):
+    in_memory, on_disk = (measure(tmp_path, steps=3, loader_workers=workers) for workers in (0, 2))
+    assert in_memory["samples"] == on_disk["samples"]
+    assert in_memory["values"]["class_iou"] == on_disk["values"]["class_iou"]
+    for values in (in_memory["values"], on_disk["values"]):
+        assert values["loader_images_per_second"] > 0
+        assert 0 < values["waiting_seconds"] < values["train_seconds"]
+
+
+def test_kept_weights_are_those_that_were_scored(tmp_path: Path):
+    scored = measure(tmp_path / "artifacts", keep_weights=True, steps=3, ema=0.5)["values"]
+    model = build_model("mask2former_tiny", num_classes=10, mask_source="features")
+    load_checkpoint(model, tmp_path / "weights" / "cell.safetensors")
+    scores = evaluation.Evaluation(open_dataset("scenes", "test").classes, None)
+    test = accuracy.evaluated_images(PARAMS)
+    evaluation.evaluate(model, test, scores, shown=tmp_path, on_image=lambda done: None)
+    assert scores.values()["miou"] == pytest.approx(scored["miou"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"recipe": "mask2fomer"}, "did you mean 'mask2former'"), ({"schedule": "step"}, "schedule"), ({"precision": "float16"}, "bfloat16")],
+)
+def test_a_recipe_that_cannot_be_used_is_named(tmp_path: Path, wrong: dict[str, str], words: str):
+    with pytest.raises(UsageError, match=words):
+        check_data({**PARAMS, **wrong})

@@ -1,0 +1,116 @@
+"""Augmented training batches, each a pure function of seed and step: they can begin at any step, in any process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from emca_bench.data import Augmentation, Dataset, Sample
+from emca_bench.data.targets import Targets, collate
+from emca_bench.train.recipe import Recipe
+
+Samples = Sequence[Sample] | Dataset
+"""Images in memory, or a data set that reads them when they are asked for."""
+
+PREFETCHED = 4
+"""Batches that each loader process has ready at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One process's part of a step, packed: four tensors whatever it holds, since each that a loader process hands over takes a file.
+
+    Attributes:
+        images: uint8 [B, 3, H, W].
+        owners: int16 [B, H, W], the number of the target that a pixel belongs to, from 1, 0 for none.
+        valid: bool [B, H, W], see `Targets`.
+        labels: int64 [N], of all targets, image by image.
+        counts: targets of each image, N together.
+        seconds: what making it took.
+    """
+
+    images: Tensor
+    owners: Tensor
+    valid: Tensor
+    labels: Tensor
+    counts: tuple[int, ...]
+    seconds: float
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, list[Targets]]:
+        """Images, float32 channels-last in 0..255, and targets on a device."""
+        images = self.images.to(device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
+        owners, valid = self.owners.to(device, non_blocking=True), self.valid.to(device, non_blocking=True)
+        targets = []
+        for labels_T, owner_HW, valid_HW in zip(self.labels.to(device).split(self.counts), owners, valid, strict=True):
+            numbers_T = torch.arange(1, len(labels_T) + 1, device=owner_HW.device)
+            targets.append(Targets(labels_T, owner_HW == numbers_T[:, None, None], valid_HW))
+        return images, targets
+
+
+def pack(images: Tensor, targets: Sequence[Targets], seconds: float) -> Batch:
+    """A collated batch, whose images hold whole numbers and whose masks are disjoint."""
+    owners = torch.zeros(len(targets), *images.shape[-2:], dtype=torch.int16)
+    for owner_HW, target in zip(owners, targets, strict=True):
+        for number, mask_HW in enumerate(target.masks, start=1):
+            owner_HW[mask_HW] = number
+    counts = tuple(len(target.labels) for target in targets)
+    valid, labels = torch.stack([target.valid for target in targets]), torch.cat([target.labels for target in targets])
+    return Batch(images.byte(), owners, valid, labels, counts, seconds)
+
+
+class Steps(TorchDataset[Batch]):
+    """Batches by step, counted from 0. Every epoch is a new permutation; every slot has random numbers of its own.
+
+    Args:
+        samples: training images; read when they are asked for.
+        recipe: seed, batch, crop and scale.
+        task: "semantic" or "panoptic".
+        rank, processes: which share of every batch this process takes.
+    """
+
+    def __init__(self, samples: Samples, recipe: Recipe, task: str, *, rank: int = 0, processes: int = 1) -> None:
+        self.samples, self.recipe, self.task = samples, recipe, task
+        share = recipe.batch // processes
+        self._slots = range(rank * share, (rank + 1) * share)
+        self._augment = Augmentation(recipe.crop, scale=recipe.scale, short_side=recipe.short_side)
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.recipe.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        started = time.perf_counter()
+        images, targets = collate([self._sample(step * self.recipe.batch + slot) for slot in self._slots], self.task)
+        packed = pack(images, targets, 0.0)
+        return replace(packed, seconds=time.perf_counter() - started)
+
+    def _sample(self, number: int) -> Sample:
+        epoch, position = divmod(number, len(self.samples))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.samples)))
+        chosen = self.samples[int(self._epoch[1][position])]
+        # three numbers, so that no slot shares a stream with an epoch's order
+        return self._augment(chosen, np.random.default_rng([self.recipe.seed, epoch, position]))
+
+
+def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
+    """Batches from a step on, made in this process or ahead of time in `workers` others: the same either way."""
+    if workers == 0:
+        return (steps[step] for step in range(start, len(steps)))
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, len(steps)),
+        num_workers=workers,
+        prefetch_factor=PREFETCHED,
+        # forking a process that has started threads of torch may hang it
+        multiprocessing_context="forkserver",
+    )
+    return iter(loader)

@@ -1,0 +1,221 @@
+"""What a training computes, and what it says when it cannot go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from emca_bench.data import IGNORE, VOID, Sample
+from emca_bench.data.targets import collate
+from emca_bench.errors import UsageError
+from emca_bench.models import build_model
+from emca_bench.models.criterion import Criterion
+from emca_bench.models.matcher import DivergedError
+from emca_bench.train import Files, train
+from emca_bench.train.feed import Steps, pack
+from emca_bench.train.loop import step_seed
+from emca_bench.train.recipe import Recipe, freeze_norms
+from emca_bench.train.trouble import OutOfMemoryError
+
+Run = Callable[..., Any]
+
+
+def test_loader_processes_change_nothing(run: Run, scenes: list[Sample]):
+    alone, log = run(scenes, steps=3)
+    ahead, other = run(scenes, steps=3, workers=2)
+    assert log.losses == other.losses
+    assert all(torch.equal(tensor, ahead[name]) for name, tensor in alone.items())
+    assert 0 < other.loading_seconds
+    assert 0 < log.waiting_seconds < log.seconds
+
+
+def test_every_epoch_has_every_image_once(scenes: list[Sample]):
+    steps = Steps(scenes, Recipe(steps=9, batch=2, crop=(64, 64), seed=5), "panoptic")
+    named: list[str] = []
+    original = steps._augment
+    steps._augment = lambda sample, rng: (named.append(sample.name), original(sample, rng))[1]  # type: ignore[assignment]
+    for step in range(9):
+        steps[step]
+    epochs = [named[start : start + 6] for start in range(0, 18, 6)]
+    assert all(sorted(epoch) == sorted(sample.name for sample in scenes) for epoch in epochs)
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+def test_processes_share_every_batch(scenes: list[Sample]):
+    recipe = Recipe(steps=3, batch=4, crop=(64, 64), seed=5)
+    whole, *parts = (Steps(scenes, recipe, "panoptic", rank=rank, processes=count) for rank, count in ((0, 1), (0, 2), (1, 2)))
+    for step in range(3):
+        joint = torch.cat([part[step].images for part in parts])
+        assert torch.equal(joint, whole[step].images)
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_packed_batches_hold_what_was_collated(scenes: list[Sample], task: str):
+    """An image without targets among them."""
+    images, targets = collate([*scenes[:3], unlabelled(scenes[3])], task)
+    batch = pack(images, targets, 1.5)
+    again, found = batch.on("cpu")
+    assert torch.equal(again, images)
+    assert again.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(targets, found, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.masks, other.masks)
+        assert torch.equal(one.valid, other.valid)
+
+
+def test_seeds_of_steps_are_apart():
+    seeds = {step_seed(seed, step, rank) for seed in range(4) for step in range(40) for rank in range(4)}
+    assert len(seeds) == 640
+    assert max(seeds) < 2**63
+
+
+def test_averaged_weights_are_the_decayed_mean(tmp_path: Path, run: Run, scenes: list[Sample]):
+    """Over three steps, from the weights that checkpoints of the run without an average hold."""
+    seen: list[dict[str, torch.Tensor]] = []
+    files = Files(checkpoint=tmp_path / "state.pt", seconds=0.0)
+
+    def on_step(step: int, loss: float) -> None:
+        if step > 1:
+            seen.append(torch.load(tmp_path / "state.pt", weights_only=True)["model"])
+
+    last, plain = run(scenes, steps=3, files=files, on_step=on_step)
+    averaged, log = run(scenes, steps=3, ema=0.7)
+    assert log.losses == plain.losses
+    name = "sem_seg_head.predictor.class_embed.weight"
+    expected = 0.7 * (0.7 * seen[0][name] + 0.3 * seen[1][name]) + 0.3 * last[name]
+    torch.testing.assert_close(averaged[name], expected)
+    assert not torch.equal(averaged[name], last[name])
+
+
+def test_masks_are_annealed_in_the_course_of_training(scenes: list[Sample]):
+    model = build_model("mask2former_tiny", num_classes=10, mask_use="annealed", layers=1, queries=6, width=32)
+    assert model.mask_use is not None
+    shares = []
+    recipe = Recipe(steps=4, batch=2, crop=(64, 64), points=32)
+    options = {"classes": 10, "task": "panoptic", "pretrained_backbone": False}
+    train(model, scenes, recipe, **options, on_step=lambda step, loss: shares.append(model.mask_use.share))
+    assert shares == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_half_precision_keeps_weights_in_float32(run: Run, scenes: list[Sample]):
+    state, log = run(scenes, steps=2, precision="bfloat16")
+    _, exact = run(scenes, steps=2)
+    assert all(tensor.dtype == torch.float32 for tensor in state.values() if tensor.is_floating_point())
+    assert log.losses != exact.losses
+    assert log.losses == pytest.approx(exact.losses, rel=0.2)
+
+
+def test_frozen_norms_keep_all_they_have():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    model.train()
+    freeze_norms(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_divergence_names_arm_step_and_what_to_lower(run: Run, scenes: list[Sample], precision: str):
+    with pytest.raises(DivergedError) as caught:
+        run(scenes, learning_rate=1e30, precision=precision)
+    message = str(caught.value)
+    assert message.startswith("emca seed=3: ")
+    assert "of 6: training has diverged; try a smaller learning rate than 1e+30, for example 2e+29" in message
+    assert ('precision = "float32"' in message) == (precision == "bfloat16")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
+    run: Run, scenes: list[Sample], monkeypatch: pytest.MonkeyPatch
+):
+    original = Criterion.total
+
+    def steep(self: Criterion, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        nothing = losses["loss_ce"] - losses["loss_ce"]
+        return original(self, losses) + nothing.sqrt()
+
+    monkeypatch.setattr(Criterion, "total", steep)
+    with pytest.raises(DivergedError, match=r"the gradient's norm is nan \(loss .*\) at step 1 of 6"):
+        run(scenes)
+
+
+@pytest.mark.parametrize(
+    ("error", "batch", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            2,
+            "emca seed=3: out of memory at step 1 with batch = 2 at 64x64 in float32; try",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "try batch = 1"),
+        (MemoryError(), 1, 'one image does not fit: try a smaller image_size, or precision = "bfloat16"'),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_suggests_a_batch_size(
+    run: Run, scenes: list[Sample], monkeypatch: pytest.MonkeyPatch, error: Exception, batch: int, words: str
+):
+    def full(self: Criterion, *_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Criterion, "forward", full)
+    with pytest.raises(OutOfMemoryError) as caught:
+        run(scenes, batch=batch)
+    assert words in str(caught.value)
+
+
+def test_other_errors_pass_as_they_are(run: Run, scenes: list[Sample], monkeypatch: pytest.MonkeyPatch):
+    def broken(self: Criterion, *_: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Criterion, "forward", broken)
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"):
+        run(scenes)
+
+
+def unlabelled(sample: Sample) -> Sample:
+    return Sample(sample.name, sample.image, np.full_like(sample.semantic, IGNORE), np.full_like(sample.panoptic, VOID), ())
+
+
+def test_images_without_objects_and_crops_without_a_valid_pixel(run: Run, scenes: list[Sample]):
+    """Alone in a batch, and beside an image that has some."""
+    for samples in ([unlabelled(scenes[0])], [unlabelled(scenes[0]), scenes[1]]):
+        state, log = run(samples, steps=3)
+        assert np.isfinite(log.losses).all()
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_checkpoint_that_not_all_processes_find_is_refused(tmp_path: Path, run: Run, scenes: list[Sample]):
+    files = Files(checkpoint=tmp_path / "state.pt")
+    run(scenes, files=files, steps=2)
+    one_of_two = SimpleNamespace(
+        count=2, rank=1, device=torch.device("cpu"), first=False, wrap=lambda model: model, mean=lambda value: value / 2
+    )
+    with pytest.raises(UsageError, match="process 1 finds a checkpoint of step 2, others do not"):
+        run(scenes, files=files, steps=2, processes=one_of_two)
+
+
+def test_what_cannot_be_shared_is_refused(run: Run, scenes: list[Sample]):
+    three = SimpleNamespace(count=3, rank=0, device=torch.device("cpu"), first=True)
+    with pytest.raises(UsageError, match="batch=2 cannot be shared by 3 processes"):
+        run(scenes, processes=three)
+    with pytest.raises(UsageError, match="there are no training images"):
+        run([])
+
+
+def test_curves_are_written_and_taken_back_to_the_checkpoint(tmp_path: Path, run: Run, scenes: list[Sample]):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, log = run(scenes, steps=3, files=Files(tensorboard=tmp_path / "curves"))
+    events = EventAccumulator(str(tmp_path / "curves")).Reload()
+    assert {"loss", "loss_ce", "loss_mask", "loss_dice", "gradient_norm", "learning_rate"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(log.losses)
