@@ -55,12 +55,14 @@ class MaskedCrossAttention(nn.MultiheadAttention, CrossAttention):
 
     def _attend_fused(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
         q_BMQd, k_BMPd, v_BMPd = (
-            F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            self.project(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip((queries, keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         )
         mask = None if allowed is None else allowed[:, None]
         attended_BMQd = F.scaled_dot_product_attention(q_BMQd, k_BMPd, v_BMPd, attn_mask=mask)
         return self.out_proj(attended_BMQd.transpose(1, 2).flatten(2))
+
+    project = staticmethod(F.linear)
 
     def macs(self, *, pixels: int, queries: int) -> int:
         """Keys, values and two products with the pixels; two projections of the queries."""
