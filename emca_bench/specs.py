@@ -34,6 +34,10 @@ PASSES = ("forward", "forward_backward")
 MASKS = ("none", "bool")
 """Kinds of mask of an operator: none allows everything; bool [B, Q, P], true for a random share `allowed`."""
 
+RUNTIMES = ("eager", "optimized", "compiled", "onnxruntime", "transformers")
+"""What runs a model. eager: torch, as the model is built. optimized: `emca_bench.optimize`. compiled: the same through torch.compile.
+onnxruntime: exported. transformers: Hugging Face's Mask2Former with the same weights, and its own way to label maps."""
+
 CEILINGS = ("burst", "matmul", "copy", "read")
 """Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""
 
@@ -56,6 +60,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "model": (str, "name in the model registry"),
     "image_size": (str, "HxW of the input images; with measure accuracy: of the training crops"),
     "classes": (int, "classes of the model, without the no-object class"),
+    "runtime": (str, f"what runs the model, eager by default: {', '.join(RUNTIMES)}"),
     "mask_source": (str, "logits: masks resized as published; features: resized features, the exact rewrite R2"),
     "layers": (int, "decoder layers"),
     "pretrained": (bool, "whether the backbone starts from ImageNet weights"),
@@ -74,7 +79,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
 }
 """Everything a study may set beside its arms: type and meaning."""
 
-CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS}
+CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS, "runtime": RUNTIMES}
 """Values of the parameters that are one of a few words."""
 
 REQUIRED = {
@@ -173,8 +178,9 @@ class Target:
             raise UsageError(f"metric {self.metric!r} needs {needs}; found {listing(self.against) or 'none'}")
 
 
-TARGET_METRICS = {"speedup": True, "rate_share": True, "overhead_us": True, "extra_memory": False}
-"""Whether a metric compares arms. speedup: latency of the other over the arm's. rate_share: FLOP/s of the arm over the other's.
+TARGET_METRICS = {"speedup": True, "rate_share": True, "overhead_us": True, "memory_share": True, "extra_memory": False}
+"""Whether a metric compares arms. speedup: latency of the other over the arm's. memory_share: peak memory of the arm
+over the other's. rate_share: FLOP/s of the arm over the other's.
 overhead_us: latency of the arm minus the other's, in microseconds. extra_memory: peak of a training step beyond inputs, parameters and
 the gradients of features and parameters, in matrices of queries (Q x C elements)."""
 

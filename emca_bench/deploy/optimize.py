@@ -41,7 +41,8 @@ def optimize(
         fold_batch_norm: take batch norms with fixed statistics into the convolutions in front of them.
         use_onednn: convolutions, linear layers and mask products through oneDNN with ReLU and residual fused; None: where the
             model is on a CPU and torch has it. It serves any size, and has no gradients.
-        compile: hand the result to `torch.compile` as one graph.
+        compile: hand the result to `torch.compile` as one graph, which on a CPU chooses oneDNN itself and takes the weights as
+            constants; minutes at the first call.
         dynamic: with `compile`: True makes one graph for all image sizes; None and False are `torch.compile`'s.
 
     Returns:
@@ -63,15 +64,16 @@ def optimize(
         faster.pixel_mean, faster.pixel_std = statistics
     if channels_last is None or channels_last:
         _lay_out(faster)
-    why_not = refuses(next(faster.parameters()))
+    why_not = "compile=True chooses its operators itself" if compile else refuses(next(faster.parameters()))
     if use_onednn and why_not:
         raise UsageError(f"optimize: use_onednn=True, but {why_not}")
+    if compile:
+        on_cpu = faster.pixel_mean.device.type == "cpu"
+        compiled: Any = torch.compile(faster, fullgraph=True, dynamic=dynamic, options={"freezing": True} if on_cpu else None)
+        return compiled
     if not why_not and use_onednn is not False:
         use_onednn_layers(faster)
-    if not compile:
-        return faster
-    compiled: Any = torch.compile(faster, fullgraph=True, dynamic=dynamic)
-    return compiled
+    return faster
 
 
 def rewrite(model: Mask2Former, *, fold_batch_norm: bool = True) -> None:
