@@ -71,6 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", type=Path, help=".pkl (detectron2), .pth, .pt, .bin, .safetensors, or a Hugging Face folder")
     sub.add_argument("target", type=Path, help="file to write; its suffix says the format: .pkl, .pth, .pt, .bin or .safetensors")
     sub.add_argument("--names", choices=["original", "transformers"], default="original", help="whose parameter names the target has")
+    sub = verb("export", export, "write a model as ONNX (.onnx) or as a program of torch (.pt2), of standard operators alone")
+    sub.add_argument("model", help="name in the model registry")
+    sub.add_argument("--out", type=Path, required=True, help="file to write; its suffix says the format")
+    sub.add_argument("--weights", type=Path, help="checkpoint to load, random weights without it")
+    sub.add_argument("--classes", type=int, default=150, help="classes of the model, 150 by default")
+    sub.add_argument("--attention", default="masked_fused", help="name in the attention registry, masked_fused by default")
+    sub.add_argument("--size", default="512x512", help="HEIGHTxWIDTH of the images, 512x512 by default")
+    sub.add_argument("--batch", type=int, default=1, help="images of a call, 1 by default")
     sub = verb("env", environment, "show the environment that a measurement would record")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
@@ -285,6 +293,25 @@ def convert(arguments: argparse.Namespace, argv: list[str]) -> int:
     from emca_bench.models import checkpoints
 
     print(checkpoints.convert(arguments.source, arguments.target, names=arguments.names))
+    return OK
+
+
+def export(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench export`."""
+    from emca_bench.deploy.export import check_path, export
+    from emca_bench.models import build_model, load_checkpoint
+    from emca_bench.specs import parse_size
+
+    size = parse_size(arguments.size, what="--size")
+    for flag, found in (("--batch", arguments.batch), ("--classes", arguments.classes)):
+        if found < 1:
+            raise UsageError(f"{flag} {found}: expected at least 1")
+    check_path(arguments.out)
+    model = build_model(arguments.model, num_classes=arguments.classes, attention=arguments.attention)
+    if arguments.weights:
+        print(load_checkpoint(model, arguments.weights))
+    export(model, arguments.out, size=size, batch=arguments.batch)
+    print(f"written: {arguments.out}")
     return OK
 
 

@@ -6,6 +6,10 @@ The operators of `emca_kernels` become what their readable references are made o
 from __future__ import annotations
 
 import copy
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +58,7 @@ def export_program(model: nn.Module, *, size: tuple[int, int], batch: int = 1) -
     rewrite(plain)
     weight = plain.sem_seg_head.predictor.query_feat.weight
     images = torch.zeros(batch, 3, *size, dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
+    with torch.no_grad(), _quietly():
         program = torch.export.export(_AsTensors(plain), (images,))
         return program.run_decompositions(reference_decompositions())
 
@@ -67,17 +71,37 @@ def export(model: nn.Module, path: Path, *, size: tuple[int, int], batch: int = 
         path: of the file; its suffix says the format.
 
     Raises:
-        UsageError: another suffix, or the packages of the extra `export` are missing.
+        UsageError: see `check_path` and `export_program`.
+    """
+    check_path(path)
+    program = export_program(model, size=size, batch=batch)
+    if path.suffix == ".pt2":
+        with _quietly():
+            torch.export.save(program, path)
+        return
+    options: dict[str, Any] = {"input_names": [INPUT], "output_names": list(OUTPUTS), "opset_version": OPSET}
+    with _quietly():
+        torch.onnx.export(program, (), str(path), dynamo=True, external_data=False, verbose=False, **options)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter's libraries say of each other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def check_path(path: Path) -> None:
+    """Complain before any work about a file that cannot be written.
+
+    Raises:
+        UsageError: another suffix, no such folder, or the packages of the extra `export` are missing.
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"export to {path}: suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    program = export_program(model, size=size, batch=batch)
-    if path.suffix == ".pt2":
-        torch.export.save(program, path)
-        return
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise UsageError("export to ONNX needs the packages onnx and onnxscript: pip install 'emca-bench[export]'") from None
-    options: dict[str, Any] = {"input_names": [INPUT], "output_names": list(OUTPUTS), "opset_version": OPSET}
-    torch.onnx.export(program, (), str(path), dynamo=True, external_data=False, verbose=False, **options)
+    if not path.parent.is_dir():
+        raise UsageError(f"export to {path}: {path.parent} is no folder")
+    if path.suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
+        raise UsageError("export to ONNX needs the packages onnx and onnxscript: pip install 'emca-bench[export]'")

@@ -43,6 +43,7 @@ def test_verbs_and_flags_are_frozen():
         "report": ["--check", "--out", "--readme"],
         "compare": [],
         "convert": ["--names"],
+        "export": ["--attention", "--batch", "--classes", "--out", "--size", "--weights"],
         "env": ["--device"],
     }
 
