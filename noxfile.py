@@ -137,8 +137,8 @@ def flops(session: nox.Session) -> None:
 
 @nox.session
 def fps(session: nox.Session) -> None:
-    """Frames per second of the decoder and of images to label maps."""
-    run_study(session, "fps")
+    """Frames per second of the decoder and of images to label maps, small and large images and batches."""
+    run_study(session, "speed")
 
 
 @nox.session

@@ -88,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="train", help="preview: train by default")
     sub.add_argument("--crop", default="384x384", help="preview: HxW of the training crops")
     sub.add_argument("--seed", type=int, default=0, help="preview: another seed shows other crops")
+    sub = verb("export", export, "write a model as ONNX (.onnx) or as a program of torch (.pt2), of standard operators alone")
+    sub.add_argument("model", help="name in the model registry")
+    sub.add_argument("--out", type=Path, required=True, help="file to write; its suffix says the format")
+    sub.add_argument("--weights", type=Path, help="checkpoint to load, random weights without it")
+    sub.add_argument("--classes", type=int, default=150, help="classes of the model, 150 by default")
+    sub.add_argument("--attention", default="masked_fused", help="name in the attention registry, masked_fused by default")
+    sub.add_argument("--size", default="512x512", help="HEIGHTxWIDTH of the images, 512x512 by default")
+    sub.add_argument("--batch", type=int, default=1, help="images of a call, 1 by default")
     sub = verb("env", environment, "show the environment that a measurement would record")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
@@ -405,6 +413,25 @@ def _preview_data(arguments: argparse.Namespace) -> int:
     recipe = Recipe(steps=1, batch=min(4, len(dataset)), crop=parse_size(arguments.crop, what="--crop"), seed=arguments.seed)
     preview(dataset, dataset.classes, recipe, task).save(arguments.out)
     print(f"{layout} {arguments.split}, {task}: {arguments.out}")
+    return OK
+
+
+def export(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench export`."""
+    from emca_bench.deploy.export import check_path, export
+    from emca_bench.models import build_model, load_checkpoint
+    from emca_bench.specs import parse_size
+
+    size = parse_size(arguments.size, what="--size")
+    for flag, found in (("--batch", arguments.batch), ("--classes", arguments.classes)):
+        if found < 1:
+            raise UsageError(f"{flag} {found}: expected at least 1")
+    check_path(arguments.out)
+    model = build_model(arguments.model, num_classes=arguments.classes, attention=arguments.attention)
+    if arguments.weights:
+        print(load_checkpoint(model, arguments.weights))
+    export(model, arguments.out, size=size, batch=arguments.batch)
+    print(f"written: {arguments.out}")
     return OK
 
 

@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emca_bench import onednn
 from emca_bench.models.predictions import MASK_STRIDE, Predictions
 
 CHUNK = 2**25
 """Most numbers of a tensor at full resolution that is not itself a result: 128 MiB in float32, 100 masks of 512x512 in one part."""
+
+STRIP = 2**21
+"""The same for strips of class scores on a CPU, whose cache should hold them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def semantic_scores(predictions: Predictions, size: tuple[int, int], *, resize_m
 def semantic(predictions: Predictions, size: tuple[int, int]) -> Tensor:
     """The best class of each pixel, int64 [B, H, W] at the given (H, W)."""
     if tuple(predictions.image_size) == tuple(size):
-        return _joined([strip_BKhW.argmax(1) for strip_BKhW in _score_strips(predictions)], dim=1)
+        return _joined([strip_BKhW.max(1).indices for strip_BKhW in _score_strips(predictions)], dim=1)
     scores_BKhw = semantic_scores(predictions, predictions.image_size)
     best = _Best()
     for part in _parts(scores_BKhw.shape[1], scores_BKhw.shape[0] * size[0] * size[1]):
@@ -223,31 +227,47 @@ def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _parts(count: int, pixels: int) -> Iterator[slice]:
-    """Slices of a dimension such that each has at most CHUNK numbers, or one index."""
-    step = max(1, CHUNK // max(1, pixels))
+def _parts(count: int, pixels: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of a dimension such that each has at most CHUNK numbers, or `most`, or one index."""
+    step = max(1, (CHUNK if most is None else most) // max(1, pixels))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _score_strips(predictions: Predictions) -> Iterator[Tensor]:
-    """Class scores [B, classes, h, W] at the size of the unpadded input, a strip of rows at a time."""
-    probability_BQK = predictions.class_logits.softmax(-1)[..., :-1]
+    """Class scores [B, classes, h, W] at the size of the unpadded input, a strip of rows at a time.
+
+    The numbers of a pixel lie together: masks are resized, summed into classes and compared without a change of layout.
+    """
     logits_BQhw, (height, width) = predictions.mask_logits, predictions.image_size
-    row = logits_BQhw.shape[0] * logits_BQhw.shape[1] * MASK_STRIDE * logits_BQhw.shape[3]
-    for rows in _parts(-(-height // MASK_STRIDE), MASK_STRIDE * row):
+    probability_BKQ = _at_least_float(predictions.class_logits).softmax(-1)[..., :-1].mT.contiguous()
+    row = logits_BQhw.shape[0] * max(probability_BKQ.shape[1:]) * MASK_STRIDE * logits_BQhw.shape[3]
+    most = min(STRIP, CHUNK) if logits_BQhw.device.type == "cpu" else CHUNK
+    for rows in _parts(-(-height // MASK_STRIDE), MASK_STRIDE * row, most):
         # a row of context on either side: what a resize in one piece would see
         low, high = max(0, rows.start - 1), min(logits_BQhw.shape[2], rows.stop + 1)
-        strip = _resized(logits_BQhw[:, :, low:high], (MASK_STRIDE * (high - low), width))
+        strip = _at_least_float(logits_BQhw[:, :, low:high]).contiguous(memory_format=torch.channels_last)
+        strip = _resized(strip, (MASK_STRIDE * (high - low), width))
         strip = strip[:, :, MASK_STRIDE * (rows.start - low) : min(MASK_STRIDE * rows.stop, height) - MASK_STRIDE * low]
-        yield torch.einsum("bqk,bqhw->bkhw", probability_BQK, strip.sigmoid())
+        yield _class_scores(strip.sigmoid().permute(0, 2, 3, 1), probability_BKQ).permute(0, 3, 1, 2)
+
+
+def _class_scores(masks_BhWQ: Tensor, probability_BKQ: Tensor) -> Tensor:
+    """Sum over queries, [B, h, W, classes]."""
+    product = F.linear if onednn.refuses(masks_BhWQ) or torch.compiler.is_compiling() else onednn.linear
+    return torch.stack([product(masks_hWQ, weight_KQ) for masks_hWQ, weight_KQ in zip(masks_BhWQ, probability_BKQ, strict=True)])
+
+
+def _at_least_float(logits: Tensor) -> Tensor:
+    """Halves have too few bits to tell classes apart."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _scores_of_resized_masks(predictions: Predictions, size: tuple[int, int]) -> Tensor:
     """Class scores [B, classes, H, W] from masks at the size of the result, summed over parts of the queries."""
-    probability_BQK = predictions.class_logits.softmax(-1)[..., :-1]
+    probability_BQK = _at_least_float(predictions.class_logits).softmax(-1)[..., :-1]
     scores_BKHW = probability_BQK.new_zeros(probability_BQK.shape[0], probability_BQK.shape[2], *size)
     for scores_KHW, probability_QK, logits_Qhw in zip(scores_BKHW, probability_BQK, predictions.mask_logits, strict=True):
-        for part, logits_qHW in _Masks(logits_Qhw, predictions.image_size, size).parts():
+        for part, logits_qHW in _Masks(_at_least_float(logits_Qhw), predictions.image_size, size).parts():
             scores_KHW += torch.einsum("qk,qhw->khw", probability_QK[part], logits_qHW.sigmoid_())
     return scores_BKHW
 

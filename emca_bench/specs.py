@@ -34,6 +34,10 @@ PASSES = ("forward", "forward_backward")
 MASKS = ("none", "bool")
 """Kinds of mask of an operator: none allows everything; bool [B, Q, P], true for a random share `allowed`."""
 
+RUNTIMES = ("eager", "optimized", "compiled", "onnxruntime", "transformers")
+"""What runs a model. eager: torch, as the model is built. optimized: `emca_bench.optimize`. compiled: the same through torch.compile.
+onnxruntime: exported. transformers: Hugging Face's Mask2Former with the same weights, and its own way to label maps."""
+
 CEILINGS = ("burst", "matmul", "copy", "read")
 """Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""
 
@@ -59,6 +63,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "model": (str, "name in the model registry"),
     "image_size": (str, "HxW of the input images; with measure accuracy: of the training crops"),
     "classes": (int, "classes of the model, without the no-object class"),
+    "runtime": (str, f"what runs the model, eager by default: {', '.join(RUNTIMES)}"),
     "mask_source": (str, "logits: masks resized as published; features: resized features, the exact rewrite R2"),
     "layers": (int, "decoder layers"),
     "attention_layers": (str, "decoder layers with the arm's attention, all by default: numbers from 0 and ranges, as in 0-2,5"),
@@ -109,7 +114,7 @@ TRAINING_PARAMETERS = frozenset(RECIPE_NUMBERS) | {
 COST_SUFFIX = "-cost"
 """Ends the name of the study that a table [cost] adds: what the trained configurations cost."""
 
-CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS, "need": NEEDS}
+CHOICES: dict[str, tuple[str, ...]] = {"scope": SCOPES, "task": TASKS, "pass": PASSES, "mask": MASKS, "runtime": RUNTIMES, "need": NEEDS}
 """Values of the parameters that are one of a few words."""
 
 REQUIRED = {
@@ -209,8 +214,9 @@ class Target:
             raise UsageError(f"metric {self.metric!r} needs {needs}; found {listing(self.against) or 'none'}")
 
 
-TARGET_METRICS = {"speedup": True, "rate_share": True, "overhead_us": True, "extra_memory": False}
-"""Whether a metric compares arms. speedup: latency of the other over the arm's. rate_share: FLOP/s of the arm over the other's.
+TARGET_METRICS = {"speedup": True, "rate_share": True, "overhead_us": True, "memory_share": True, "extra_memory": False}
+"""Whether a metric compares arms. speedup: latency of the other over the arm's. memory_share: peak memory of the arm
+over the other's. rate_share: FLOP/s of the arm over the other's.
 overhead_us: latency of the arm minus the other's, in microseconds. extra_memory: peak of a training step beyond inputs, parameters and
 the gradients of features and parameters, in matrices of queries (Q x C elements)."""
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from emca_bench.errors import UsageError, did_you_mean, listing
-from emca_bench.inference import semantic
 from emca_bench.measure.inputs import DTYPES, ImpossibleError, Maker
 from emca_bench.measure.kernels import Work, check_kernel, kernel_call, with_backward
 from emca_bench.measure.rivals import build_measured
+from emca_bench.measure.runtimes import run_model
 from emca_bench.models import CrossAttention, build_model
 from emca_bench.models.mask2former import SIZE_DIVISIBILITY
 from emca_bench.specs import Arm, parse_size
@@ -144,26 +144,14 @@ def _model_subject(arm: Arm, params: Mapping[str, Any], maker: Maker) -> Subject
     pixels = tuple(levels[index % 3][0] * levels[index % 3][1] for index in range(len(predictor.transformer_cross_attention_layers)))
     queries = predictor.query_feat.num_embeddings
 
-    module = maker.place(model)
     images = maker.normal(batch, 3, height, width).mul_(50).add_(128)
-    call: Callable[[], Any]
-    if params["scope"] == "decoder":
-        # features as the pixel decoder hands them over: the time of an attention depends on their memory layout
-        with torch.no_grad():
-            mask_features, pyramid = model.sem_seg_head.pixel_decoder(model.backbone_maps(images))
-        module = predictor
-
-        def call() -> Any:
-            return predictor(mask_features, pyramid, image_size=(height, width))
-    elif params["scope"] == "model":
-
-        def call() -> Any:
-            return model(images)
-    else:
-
-        def call() -> Any:
-            return semantic(model(images), (height, width))
-
+    maker.place(model)
+    running = run_model(str(params.get("runtime", "eager")), model, images)
+    calls = {"model": running.predict, "end_to_end": running.label, "decoder": running.decode}
+    call = calls[str(params["scope"])]
+    if call is None:
+        raise ImpossibleError(f"runtime {params['runtime']} has no mask decoder of its own to call")
+    module = running.module.sem_seg_head.predictor if params["scope"] == "decoder" else running.module
     return Subject(module, call, pixels, queries, batch)
 
 

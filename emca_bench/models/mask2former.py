@@ -70,5 +70,6 @@ class Mask2Former(nn.Module):
     def backbone_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of the normalised and padded images, by level."""
         height, width = int(images.shape[-2]), int(images.shape[-1])
-        normalised = (images - self.pixel_mean) / self.pixel_std
+        # statistics may be more precise than the weights
+        normalised = ((images - self.pixel_mean) / self.pixel_std).to(self.sem_seg_head.predictor.query_feat.weight.dtype)
         return self.backbone(F.pad(normalised, (0, -width % SIZE_DIVISIBILITY, 0, -height % SIZE_DIVISIBILITY)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emca_bench.errors import UsageError, did_you_mean
 from emca_bench.models.attention import CrossAttention
 from emca_bench.models.pixel_decoders.layers import upsample_to
-from emca_bench.models.position import sine_position
+from emca_bench.models.position import sine_position_like
 from emca_bench.models.predictions import Predictions
 
 MASK_SOURCES = ("logits", "features")
@@ -21,20 +21,35 @@ LEVELS = 3
 """Strides 32, 16 and 8."""
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """Multi-head attention of the queries to each other, positions in queries and keys but not in values: no layout is copied."""
+
+    def forward(self, located: Tensor, content: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, Q, C] with and without positions to [B, Q, C]."""
+        width = self.embed_dim
+        weight_qk, weight_v = self.in_proj_weight.split((2 * width, width))
+        bias_qk, bias_v = self.in_proj_bias.split((2 * width, width))
+        q_BMQd, k_BMQd = self.project(located, weight_qk, bias_qk).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        v_BMQd = self.project(content, weight_v, bias_v).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        attended_BMQd = F.scaled_dot_product_attention(q_BMQd, k_BMQd, v_BMQd)
+        return self.out_proj(attended_BMQd.transpose(1, 2).flatten(2))
+
+    project = staticmethod(F.linear)
+
+
 class SelfAttentionLayer(nn.Module):
     """Queries among themselves; its norm behind, or in front of the attention with `pre_norm`."""
 
     def __init__(self, width: int, heads: int, *, pre_norm: bool = False) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.self_attn = SelfAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
         """[B, Q, C] to the same shape."""
         content = self.norm(queries) if self.pre_norm else queries
-        located = content + query_pos
-        updated = queries + self.self_attn(located, located, content, need_weights=False)[0]
+        updated = queries + self.self_attn(content + query_pos, content)
         return updated if self.pre_norm else self.norm(updated)
 
 
@@ -76,8 +91,11 @@ class FFNLayer(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """[B, Q, C] to the same shape."""
         content = self.norm(queries) if self.pre_norm else queries
-        updated = queries + self.linear2(F.relu(self.linear1(content)))
+        updated = queries + self.linear2(self._hidden(content))
         return updated if self.pre_norm else self.norm(updated)
+
+    def _hidden(self, content: Tensor) -> Tensor:
+        return F.relu(self.linear1(content))
 
 
 class InputProjection(nn.Conv2d):
@@ -186,7 +204,7 @@ class MaskDecoder(nn.Module):
         if self.input_proj:
             pyramid = [projection(features) for projection, features in zip(self.input_proj, pyramid, strict=True)]
         levels = [self._level(features, embed) for features, embed in zip(pyramid, self.level_embed.weight, strict=True)]
-        resized = [upsample_to(mask_features, features) for features in pyramid] if self.mask_source == "features" else None
+        resized = [upsample_to(mask_features, features).flatten(2).mT for features in pyramid] if self.mask_source == "features" else None
         batch = mask_features.shape[0]
         queries = self.query_feat.weight.expand(batch, -1, -1)
         query_pos = self.query_embed.weight.expand(batch, -1, -1)
@@ -218,14 +236,25 @@ class MaskDecoder(nn.Module):
 
     def _level(self, features: Tensor, embed_C: Tensor) -> Level:
         shape = (int(features.shape[-2]), int(features.shape[-1]))
-        position = sine_position(shape, self.width, device=features.device, dtype=features.dtype)
         # rows of a pixel together, once: each level is read by every third layer, and maps [B, C, h, w] would be turned in each
-        return Level(features.flatten(2).mT.contiguous() + embed_C, position, shape)
+        features_BPC = (features.flatten(2).mT + embed_C).contiguous()
+        return Level(features_BPC, sine_position_like(shape, features_BPC), shape)
 
     def _predict(self, queries: Tensor, mask_features: Tensor, image_size: tuple[int, int]) -> Predictions:
         normed = self.decoder_norm(queries)
-        mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_embed(normed), mask_features)
-        return Predictions(self.class_embed(normed), mask_logits, image_size)
+        logits_BQP = self._mask_logits(self.mask_embed(normed), mask_features.flatten(2).mT)
+        return Predictions(self.class_embed(normed), logits_BQP.unflatten(-1, mask_features.shape[-2:]), image_size)
+
+    def _mask_logits(self, embedding_BQE: Tensor, features_BPE: Tensor) -> Tensor:
+        """Products [B, Q, P]; an embedding that is one number longer than the features ends with what is added to them."""
+        width = features_BPE.shape[-1]
+        logits_BQP = self.score(embedding_BQE[..., :width], features_BPE)
+        return logits_BQP if embedding_BQE.shape[-1] == width else logits_BQP + embedding_BQE[..., width:]
+
+    @staticmethod
+    def score(embedding_BQE: Tensor, features_BPE: Tensor) -> Tensor:
+        """Dot products [B, Q, P]."""
+        return embedding_BQE @ features_BPE.mT
 
     @torch.no_grad()
     def _allowed_from_logits(self, mask_logits: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -233,6 +262,5 @@ class MaskDecoder(nn.Module):
         return resized.flatten(2).sigmoid() >= 0.5
 
     @torch.no_grad()
-    def _allowed_from_features(self, queries: Tensor, resized_features: Tensor) -> Tensor:
-        embedding_BQC = self.mask_embed(self.decoder_norm(queries))
-        return embedding_BQC @ resized_features.flatten(2) >= 0
+    def _allowed_from_features(self, queries: Tensor, resized_BPE: Tensor) -> Tensor:
+        return self._mask_logits(self.mask_embed(self.decoder_norm(queries)), resized_BPE) >= 0

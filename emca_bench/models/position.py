@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,3 +36,20 @@ def sine_position(shape: tuple[int, int], width: int, *, device: torch.device | 
     rows = encode(height)[:, None].expand(height, columns, half)
     across = encode(columns)[None].expand(height, columns, half)
     return torch.cat([rows, across], dim=-1).flatten(0, 1).to(dtype)
+
+
+def sine_position_like(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """`sine_position` of the width, device and dtype of tokens [..., C], kept for the sizes that were asked for last.
+
+    Do not write to it. Tensors are kept for eager calls on real tensors alone: a compiler, an exporter or a fake tensor gets its own.
+    """
+    make = sine_position if torch.compiler.is_compiling() or type(like) is not Tensor or like.is_meta else _kept
+    return make(shape, like.shape[-1], device=like.device, dtype=like.dtype)
+
+
+# three levels of three sizes: 43 MiB a size in float32 at images of 1024x2048 and 256 channels
+@lru_cache(maxsize=9)
+def _kept(shape: tuple[int, int], width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # a tensor of inference mode could not serve a training step later
+    with torch.inference_mode(False), torch.no_grad():
+        return sine_position(shape, width, device=device, dtype=dtype)

@@ -9,17 +9,21 @@ from typing import Literal
 from emca_bench import stats
 from emca_bench.report import numbers
 from emca_bench.report.load import Result, Run, distinct_cells
+from emca_bench.report.speed import MODEL_SCOPES
 from emca_bench.specs import Cell, Study, Target
 from emca_bench.stats import MIN_ROUNDS, Mean, Ratio
 
 TargetVerdict = Literal["met", "missed", "undecided", "not run"]
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-SHOWN = ("op", "pixels", "pass", "queries", "width", "batch", "dtype", "device")
+SHOWN = ("op", "pixels", "image_size", "pass", "queries", "width", "batch", "dtype", "device")
 """Conditions of a row, in the words of `numbers.conditions`."""
+COUNTED = ("extra_memory", "memory_share")
+"""Metrics of allocations, which are counted and have no interval."""
 UNITS: dict[str, Callable[[float], str]] = {
     "speedup": lambda value: f"{value:g}{numbers.TIMES}",
     "rate_share": lambda value: f"{100 * value:g} %",
+    "memory_share": lambda value: f"{100 * value:g} %",
     "overhead_us": lambda value: f"{numbers.significant(value)} \N{MICRO SIGN}s",
     "extra_memory": lambda value: f"{numbers.significant(value)} Q{numbers.TIMES}C",
 }
@@ -60,7 +64,7 @@ def targets(run: Run) -> list[Judged]:
 
 
 def _rows(run: Run, study: Study, target: Target, against: str | None) -> Iterator[Judged]:
-    measure = "memory" if target.metric == "extra_memory" else "latency"
+    measure = "memory" if target.metric in COUNTED else "latency"
     cells = distinct_cells(study)
     mine = [cell for cell in cells if cell.arm.name == target.arm and _matches(cell, target)]
     if measure not in study.measures or not mine:
@@ -86,7 +90,8 @@ def _same_point(study: Study, cell: Cell, other: Cell) -> bool:
 
 def _row(study: Study, target: Target, against: str | None, ours: Result, theirs: Result | None) -> Judged:
     params = ours.cell.params
-    where = numbers.conditions({name: params[name] for name in SHOWN if name in params})
+    shown = (*SHOWN, "scope") if params["scope"] in MODEL_SCOPES else SHOWN
+    where = numbers.conditions({name: params[name] for name in shown if name in params})
     if against is not None and theirs is None:
         return _judged(study, target, against, where, None, "not run", f"The run plans no {against} to compare with.")
     found = _measure(target, ours, theirs)
@@ -100,6 +105,9 @@ def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | None
     if target.metric == "extra_memory":
         return _extra_memory(ours)
     assert theirs is not None
+    if target.metric == "memory_share":
+        peaks = [result.values.get("peak_memory_bytes") for result in (ours, theirs)]
+        return Mean(peaks[0] / peaks[1], None, None, 1) if peaks[0] is not None and peaks[1] else None
     mine, rival = ours.latency_ms, theirs.latency_ms
     if not set(mine) & set(rival):
         return None
@@ -130,7 +138,7 @@ def _extra_memory(ours: Result) -> Mean | None:
 
 def _judge(target: Target, found: Mean) -> tuple[TargetVerdict, str]:
     """Met or missed needs the whole interval on one side of the bound; a count has no interval and needs none."""
-    counted = target.metric == "extra_memory"
+    counted = target.metric in COUNTED
     low, high = (found.estimate, found.estimate) if counted else (found.low, found.high)
     if low is None or high is None or (not counted and found.count < MIN_ROUNDS):
         return "undecided", f"Too few rounds: {found.count} of at least {MIN_ROUNDS}."

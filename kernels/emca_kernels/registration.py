@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("emca", "DEF")
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def register_operator(
@@ -28,6 +29,7 @@ def register_operator(
     torch.library.register_fake(f"emca::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.emca, name)
     register_flop_formula(operator)(flops)
+    _IMPLEMENTATIONS[operator.default] = implementation
     return operator.default
 
 
@@ -43,3 +45,21 @@ def register_gradient(name: str, setup_context: Callable[..., None], backward: C
         backward: (ctx, *gradients) to a gradient or None per argument.
     """
     torch.library.register_autograd(f"emca::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def reference_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Every operator as standard operators of torch, for `torch.export.ExportedProgram.run_decompositions` and `make_fx`."""
+    return {operator: _by_reference(operator, implementation) for operator, implementation in _IMPLEMENTATIONS.items()}
+
+
+def _by_reference(operator: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    schema = operator._schema.arguments
+
+    def call(*given: Any, **named: Any) -> Any:
+        values = {argument.name: argument.default_value for argument in schema}
+        values |= dict(zip(values, given, strict=False)) | named
+        if "backend" in values:
+            values["backend"] = "reference"
+        return implementation(*values.values())
+
+    return call

@@ -45,6 +45,7 @@ def test_verbs_and_flags_are_frozen():
         "compare": [],
         "convert": ["--names"],
         "data": ["--crop", "--layout", "--limit", "--out", "--seed", "--split"],
+        "export": ["--attention", "--batch", "--classes", "--out", "--size", "--weights"],
         "env": ["--device"],
     }
 

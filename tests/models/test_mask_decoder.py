@@ -66,6 +66,12 @@ def spies(decoder: MaskDecoder) -> list[Spy]:
     return [module for module in decoder.modules() if isinstance(module, Spy)]
 
 
+def attend_as_torch(among: SelfAttentionLayer, located: Tensor, content: Tensor) -> Tensor:
+    """Torch's own multi-head attention with the layer's parameters."""
+    located, content = (tokens.expand(1, -1, -1) if tokens.dim() == 2 else tokens for tokens in (located, content))
+    return nn.MultiheadAttention.forward(among.self_attn, located, located, content)[0][0]
+
+
 @pytest.mark.parametrize("mask_source", ["logits", "features"])
 def test_a_pixel_is_blocked_where_the_resized_previous_mask_is_below_one_half(mask_source: str) -> None:
     decoder = make(Spy, mask_source=mask_source)
@@ -153,7 +159,7 @@ def test_a_layer_is_cross_attention_then_self_attention_then_feed_forward() -> N
     queries = decoder.query_feat.weight
     queries = cross.norm(queries + spy.move)
     located = queries + position
-    queries = among.norm(queries + among.self_attn(located, located, queries)[0])
+    queries = among.norm(queries + attend_as_torch(among, located, queries))
     queries = ffn.norm(queries + ffn.linear2(ffn.linear1(queries).clamp(min=0)))
     torch.testing.assert_close(last.class_logits[0], decoder.class_embed(decoder.decoder_norm(queries)))
 
@@ -170,7 +176,7 @@ def test_with_pre_norm_every_sub_layer_adds_to_the_queries_as_they_came() -> Non
     queries = queries + spy.move
     content = among.norm(queries)
     located = content + decoder.query_embed.weight
-    queries = queries + among.self_attn(located, located, content)[0]
+    queries = queries + attend_as_torch(among, located, content)
     queries = queries + ffn.linear2(ffn.linear1(ffn.norm(queries)).clamp(min=0))
     torch.testing.assert_close(last.class_logits[0], decoder.class_embed(decoder.decoder_norm(queries)))
 

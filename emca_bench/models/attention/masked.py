@@ -55,7 +55,7 @@ class MaskedCrossAttention(nn.MultiheadAttention, CrossAttention):
 
     def _attend_fused(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
         q_BMQd, k_BMPd, v_BMPd = (
-            F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            self.project(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip((queries, keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         )
         return self.out_proj(self._attend_heads(q_BMQd, k_BMPd, v_BMPd, allowed).transpose(1, 2).flatten(2))
@@ -63,6 +63,8 @@ class MaskedCrossAttention(nn.MultiheadAttention, CrossAttention):
     def _attend_heads(self, q_BMQd: Tensor, k_BMPd: Tensor, v_BMPd: Tensor, allowed: Tensor | None) -> Tensor:
         mask = None if allowed is None else allowed[:, None]
         return F.scaled_dot_product_attention(q_BMQd, k_BMPd, v_BMPd, attn_mask=mask)
+
+    project = staticmethod(F.linear)
 
     def macs(self, *, pixels: int, queries: int) -> int:
         """Keys, values and two products with the pixels; two projections of the queries."""

@@ -15,6 +15,8 @@ from emca_bench.models.backbones.base import BACKBONES, LEVELS, Backbone
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics and affine are constants, as detectron2 keeps them: four buffers, nothing trained."""
 
+    EPS = 1e-5
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight: Tensor
@@ -28,7 +30,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape."""
-        return F.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=1e-5)
+        return F.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.EPS)
 
 
 Norm = Callable[[int], nn.Module]
