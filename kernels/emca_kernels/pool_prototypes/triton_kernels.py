@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emca_kernels.masks import Mask
-from emca_kernels.triton.arguments import MASKS, example_mask, mask_arguments, matrix_arguments, needs_upcast
+from emca_kernels.masks import EmbeddingMask, Mask
+from emca_kernels.triton.arguments import MASKS, count_queries, example_mask, stream_arguments
 from emca_kernels.triton.configs import Config, block_of, config_of, power_of_two, splits_of
 from emca_kernels.triton.runtime import Launch, architecture
 from emca_kernels.triton.tiles import MASK_EMBEDDING, MASK_NONE, dot, load_allowed, load_located, load_tile
@@ -336,6 +336,19 @@ WIDEST_VALUES = 256
 """Channels whose sums a program keeps; half of that in float32."""
 
 
+def config_for(features: Tensor, width: int, mask: Mask | None, position: Tensor | None, arch: int) -> Config:
+    """The tiles of a call; `width` is that of a head."""
+    scope = "narrow" if width <= NARROW else "plain"
+    if isinstance(mask, EmbeddingMask):
+        scope = "embedding" if position is None else "embedding+position"
+    return config_of(CONFIGS, arch, features.dtype, scope)
+
+
+def values_of(features: Tensor, width: int) -> int:
+    """How many channels' sums a program keeps."""
+    return min(power_of_two(width), WIDEST_VALUES // (2 if features.dtype == torch.float32 else 1))
+
+
 def plan(
     features_BPC: Tensor,
     queries_BQC: Tensor | None,
@@ -349,19 +362,13 @@ def plan(
     """The launches of one call and what they write: pooled features and logsumexp. See `select_prototypes.triton_kernels.plan`."""
     batch, pixels = features_BPC.shape[:2]
     width = features_BPC.shape[2] // heads
-    masking = mask_arguments(mask, features_BPC)
-    count = queries_BQC.shape[1] if queries_BQC is not None else masking["mask"].shape[1]
-    scope = "narrow" if width <= NARROW else "plain"
-    if masking["MASK"] == MASK_EMBEDDING.value:
-        scope = "embedding" if position_BPC is None else "embedding+position"
-    config = config_of(CONFIGS, arch, features_BPC.dtype, scope)
-    resident = width <= config.resident
+    config = config_for(features_BPC, width, mask, position_BPC, arch)
+    count = count_queries(queries_BQC, mask)
     block_q = block_of(count, config.block_q)
     blocks_q = -(-count // block_q)
-    block_v = min(power_of_two(width), WIDEST_VALUES // (2 if features_BPC.dtype == torch.float32 else 1))
+    block_v = values_of(features_BPC, width)
     blocks_v = -(-width // block_v)
-    programs = batch * heads * blocks_q * blocks_v
-    splits, span = splits_of(pixels, config.block_p, programs, arch, splits)
+    splits, span = splits_of(pixels, config.block_p, batch * heads * blocks_q * blocks_v, arch, splits)
     shape = (batch, count, heads)
     sums = features_BPC.new_empty((splits, *shape, width), dtype=torch.float32)
     statistics = features_BPC.new_empty((splits, 3, *shape), dtype=torch.float32)
@@ -369,29 +376,15 @@ def plan(
     logsumexp = features_BPC.new_empty(shape, dtype=torch.float32)
     rows = batch * count * heads
     arguments: dict[str, Any] = {
-        **matrix_arguments("features", features_BPC, "bpc"),
-        **matrix_arguments("position", position_BPC, "bpc", instead=features_BPC),
-        **matrix_arguments("queries", queries_BQC, "bqc", instead=features_BPC),
-        **masking,
+        **stream_arguments(features_BPC, queries_BQC, mask, position_BPC, config, width=width, block_q=block_q),
         "sums": sums,
         "statistics": statistics,
-        "query_count": count,
-        "pixels": pixels,
-        "width": width,
         "span": span,
         "rows_of_split": rows,
         "HEADS": heads,
         "SOFT": queries_BQC is not None,
-        "POSITION": position_BPC is not None,
-        "RESIDENT": resident,
-        "MASK_RESIDENT": masking["mask_width"] <= config.resident,
         "BLOCKS_Q": blocks_q,
-        "BLOCK_Q": block_q,
-        "BLOCK_P": config.block_p,
-        "BLOCK_C": block_v if resident else config.piece,
         "BLOCK_V": block_v,
-        "BLOCK_E": power_of_two(masking["mask_width"]) if masking["mask_width"] <= config.resident else config.piece,
-        "UPCAST": needs_upcast(features_BPC, mask),
     }
     grid = (splits, batch * heads, blocks_v * blocks_q)
     pool = Launch(_pool_prototypes_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)

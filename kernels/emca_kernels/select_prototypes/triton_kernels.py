@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emca_kernels.masks import Mask
-from emca_kernels.triton.arguments import MASKS, example_mask, mask_arguments, matrix_arguments, needs_upcast
+from emca_kernels.masks import EmbeddingMask, Mask
+from emca_kernels.triton.arguments import MASKS, example_mask, stream_arguments
 from emca_kernels.triton.configs import Config, block_of, config_of, power_of_two, splits_of
 from emca_kernels.triton.runtime import Launch, architecture
 from emca_kernels.triton.tiles import MASK_EMBEDDING, MASK_NONE, dot, load_allowed, load_located, load_tile
@@ -343,6 +343,12 @@ BLOCK_Q_OF_MANY = 64
 """Most queries of a program that keeps more than one key of each."""
 
 
+def config_for(features: Tensor, mask: Mask | None, position: Tensor | None, arch: int) -> Config:
+    """The tiles of a call."""
+    scope = "plain" if not isinstance(mask, EmbeddingMask) else "embedding" if position is None else "embedding+position"
+    return config_of(CONFIGS, arch, features.dtype, scope)
+
+
 def plan(
     features_BPC: Tensor,
     queries_BQC: Tensor,
@@ -357,38 +363,20 @@ def plan(
     """The launches of one call and what they write: indices and scores. Works on `meta` tensors, which is how kernels are compiled
     without a GPU. `splits` overrides the table's, for tests."""
     (batch, pixels, channels), count = features_BPC.shape, queries_BQC.shape[1]
-    width = channels // heads
-    masking = mask_arguments(mask, features_BPC)
-    scope = "plain" if masking["MASK"] != MASK_EMBEDDING.value else "embedding" if position_BPC is None else "embedding+position"
-    config = config_of(CONFIGS, arch, features_BPC.dtype, scope)
+    config = config_for(features_BPC, mask, position_BPC, arch)
     slots = power_of_two(k, 1)
     block_q = block_of(count, config.block_q if slots == 1 else min(config.block_q, BLOCK_Q_OF_MANY))
     blocks_q = -(-count // block_q)
-    programs = batch * heads * blocks_q
-    splits, span = splits_of(pixels, config.block_p, programs, arch, splits)
+    splits, span = splits_of(pixels, config.block_p, batch * heads * blocks_q, arch, splits)
     keys = queries_BQC.new_empty((batch, count, heads, splits * slots), dtype=torch.int64)
     indices = queries_BQC.new_empty((batch, count, heads, k), dtype=torch.int64)
     scores = features_BPC.new_empty((batch, count, heads, k))
     arguments: dict[str, Any] = {
-        **matrix_arguments("features", features_BPC, "bpc"),
-        **matrix_arguments("position", position_BPC, "bpc", instead=features_BPC),
-        **matrix_arguments("queries", queries_BQC, "bqc"),
-        **masking,
+        **stream_arguments(features_BPC, queries_BQC, mask, position_BPC, config, width=channels // heads, block_q=block_q),
         "keys": keys,
-        "query_count": count,
-        "pixels": pixels,
-        "width": width,
         "span": span,
         "HEADS": heads,
         "K": slots,
-        "POSITION": position_BPC is not None,
-        "RESIDENT": width <= config.resident,
-        "MASK_RESIDENT": masking["mask_width"] <= config.resident,
-        "BLOCK_Q": block_q,
-        "BLOCK_P": config.block_p,
-        "BLOCK_C": power_of_two(width) if width <= config.resident else config.piece,
-        "BLOCK_E": power_of_two(masking["mask_width"]) if masking["mask_width"] <= config.resident else config.piece,
-        "UPCAST": needs_upcast(features_BPC, mask),
     }
     grid = (splits, batch * heads, blocks_q)
     search = Launch(_select_prototypes_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)

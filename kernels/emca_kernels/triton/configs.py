@@ -12,9 +12,9 @@ import torch
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What one block may use."""
 
-PROGRAMS = {80: 2 * 108, 90: 2 * 132}
-"""How many programs a launch aims at: two for each processor of an A100 or H100. Constants, not the device's count: sums of soft
-prototypes are merged per program, and the same call gives the same bits on every device of an architecture."""
+PROCESSORS = {80: 108, 90: 132}
+"""Of an A100 and an H100. Constants, not the device's count: sums of soft prototypes are merged per program, and the same call gives
+the same bits on every device of an architecture."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,17 @@ def config_of(table: dict[tuple[int, str, str], Config], architecture: int, dtyp
     return table[architecture, "float" if dtype == torch.float32 else "half", scope]
 
 
-def splits_of(pixels: int, block_p: int, programs: int, architecture: int, splits: int | None = None) -> tuple[int, int]:
+def splits_of(
+    pixels: int, block_p: int, programs: int, architecture: int, splits: int | None = None, *, per_processor: int = 2
+) -> tuple[int, int]:
     """(splits, pixels of each): how many programs share the pixels of one image and block of queries; none is left without a tile.
 
     Args:
         programs: of the launch, were no pixels shared.
         splits: as many as these instead, as far as there are tiles.
+        per_processor: how many programs of the launch each processor of the device should get.
     """
     tiles = -(-pixels // block_p)
-    wanted = max(1, min(tiles, splits or PROGRAMS[architecture] // programs))
+    wanted = max(1, min(tiles, splits or per_processor * PROCESSORS[architecture] // programs))
     span = -(-tiles // wanted) * block_p
     return -(-pixels // span), span

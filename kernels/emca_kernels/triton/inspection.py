@@ -28,7 +28,7 @@ from emca_kernels.triton.configs import SHARED_MEMORY_BYTES
 from emca_kernels.triton.runtime import Launch, interpreting
 
 TABLE = Path(__file__).parent / "compiled.json"
-KERNELS = ("emca_kernels.select_prototypes.triton_kernels", "emca_kernels.pool_prototypes.triton_kernels")
+KERNELS = tuple(f"emca_kernels.{operator}.triton_kernels" for operator in ("select_prototypes", "pool_prototypes", "emca_attention"))
 """Modules with a function `variants(architecture)`: name -> launches, one for each branch of their kernels."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 REGISTERS_MAY_GROW = 1.1
