@@ -186,7 +186,7 @@ def _emca_attention_fwd_kernel(
     key_weight,  # [D, C]
     scale,  # one number
     projected,  # [B, Q, D] result
-    folded,  # [B, Q, C] scratch, if not RESIDENT
+    folded,  # [B, Q, C] scratch, where the folded queries go through memory
     keys,  # [B, Q, splits] result of argmax
     sums,  # [splits, B, Q, C] result of the others
     statistics,  # [splits, 3, B, Q]
@@ -221,11 +221,13 @@ def _emca_attention_fwd_kernel(
     POSITION: tl.constexpr,
     QUERY_POSITION: tl.constexpr,
     RESIDENT: tl.constexpr,
+    FOLD_ON_CHIP: tl.constexpr,
     MASK_RESIDENT: tl.constexpr,
     BLOCKS_Q: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -269,11 +271,11 @@ def _emca_attention_fwd_kernel(
                 key_width,
                 QUERY_POSITION,
                 BLOCK_Q,
-                BLOCK_C,
+                BLOCK_X,
                 BLOCK_D,
                 UPCAST,
             )
-    elif RESIDENT:
+    elif FOLD_ON_CHIP:
         asking = _project_and_fold(
             queries,
             query_position,
@@ -315,16 +317,18 @@ def _emca_attention_fwd_kernel(
             key_width,
             QUERY_POSITION,
             BLOCK_Q,
-            BLOCK_C,
+            BLOCK_X,
             BLOCK_D,
             UPCAST,
         )
         # a barrier makes what a program wrote visible to all of its threads
         tl.debug_barrier()
         _fold_by_pieces(
-            projected, key_weight, scale, folded, rows, query_count, width, key_width, SCALED, BLOCK_Q, BLOCK_C, BLOCK_D, UPCAST
+            projected, key_weight, scale, folded, rows, query_count, width, key_width, SCALED, BLOCK_Q, BLOCK_X, BLOCK_D, UPCAST
         )
         tl.debug_barrier()
+        if RESIDENT:
+            asking = load_tile(folded, rows, tl.arange(0, BLOCK_C), width, 1, query_count, width, UPCAST)
     last = tl.minimum(split * span + span, pixels)
     places = image * query_count + rows
     if SELECTION == ARGMAX:
@@ -512,6 +516,7 @@ def _emca_attention_merge_kernel(
 
 MERGED_ROWS = 16
 PIECES = {(90, "half"): 64, (90, "float"): 32, (80, "half"): 64, (80, "float"): 32}
+KEYS = {(90, "half"): 32, (90, "float"): 16, (80, "half"): 32, (80, "float"): 32}
 """Channels of a product's pieces in the second launch, and key channels of a projection's in the first."""
 
 
@@ -537,7 +542,8 @@ def plan(
         config = selecting.config_for(features_BPC, mask, position_BPC, arch)
     else:
         config = pooling.config_for(features_BPC, width, mask, position_BPC, arch)
-    piece = PIECES[arch, "float" if features_BPC.dtype == torch.float32 else "half"]
+    kind = "float" if features_BPC.dtype == torch.float32 else "half"
+    piece = PIECES[arch, kind]
     block_q = block_of(count, config.block_q)
     blocks_q = -(-count // block_q)
     block_v = power_of_two(width) if chooses else pooling.values_of(features_BPC, width)
@@ -546,7 +552,9 @@ def plan(
     rows = batch * count
     streaming = stream_arguments(features_BPC, queries_BQC, mask, position_BPC, config, width=width, block_q=block_q)
     projected = queries_BQC.new_empty((batch, count, keys_width))
-    folded = queries_BQC if streaming["RESIDENT"] or selection == "mean" else queries_BQC.new_empty((batch, count, width))
+    # products of float32 parts, and sums of softmax, need the registers that the folded rows would fill
+    fold_on_chip = streaming["RESIDENT"] and kind == "half" and chooses
+    folded = queries_BQC if fold_on_chip or selection == "mean" else queries_BQC.new_empty((batch, count, width))
     exact = {"dtype": torch.float32}
     keys = queries_BQC.new_empty((batch, count, splits), dtype=torch.int64) if chooses else queries_BQC
     sums = queries_BQC if chooses else queries_BQC.new_empty((splits, batch, count, width), **exact)
@@ -572,8 +580,10 @@ def plan(
         "rows_of_split": rows,
         "SCALED": scale is not None,
         "QUERY_POSITION": query_position_BQC is not None,
+        "FOLD_ON_CHIP": fold_on_chip,
         "BLOCKS_Q": blocks_q,
-        "BLOCK_D": min(piece, power_of_two(keys_width)),
+        "BLOCK_X": min(config.piece, power_of_two(width)),
+        "BLOCK_D": min(KEYS[arch, kind], power_of_two(keys_width)),
         "BLOCK_V": block_v,
     }
     attended = Attended(
@@ -596,7 +606,7 @@ def plan(
         "SMALLEST": smallest_norm(features_BPC.dtype),
         "PROJECTED_RESIDUAL": residual == "projected",
         "BLOCK_R": MERGED_ROWS,
-        "BLOCK_S": 64,
+        "BLOCK_S": 32,
         "BLOCK_C": power_of_two(width),
         "BLOCK_D": power_of_two(keys_width),
         "BLOCK_K": piece,
