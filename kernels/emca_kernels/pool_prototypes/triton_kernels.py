@@ -313,24 +313,6 @@ def _merge_sums_kernel(
         tl.store(logsumexp + row, normaliser if SOFT else tl.zeros((BLOCK_R,), tl.float32), mask=inside)
 
 
-CONFIGS = {
-    (90, "half", "narrow"): Config(block_q=128, block_p=32, resident=64, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "plain"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "embedding"): Config(block_q=64, block_p=32, resident=256, piece=64, num_warps=8, num_stages=2),
-    (90, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "plain"): Config(block_q=64, block_p=16, resident=32, piece=32, num_warps=8, num_stages=2),
-    (90, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (90, "float", "embedding+position"): Config(block_q=64, block_p=16, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "half", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=4, num_stages=2),
-    (80, "half", "plain"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (80, "half", "embedding"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (80, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (80, "float", "narrow"): Config(block_q=64, block_p=16, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "plain"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-}
 NARROW = 64
 WIDEST_VALUES = 256
 """Channels whose sums a program keeps; half of that in float32."""
@@ -341,7 +323,7 @@ def config_for(features: Tensor, width: int, mask: Mask | None, position: Tensor
     scope = "narrow" if width <= NARROW else "plain"
     if isinstance(mask, EmbeddingMask):
         scope = "embedding" if position is None else "embedding+position"
-    return config_of(CONFIGS, arch, features.dtype, scope)
+    return config_of("pool_prototypes", arch, features.dtype, scope)
 
 
 def values_of(features: Tensor, width: int) -> int:

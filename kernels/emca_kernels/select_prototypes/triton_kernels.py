@@ -325,20 +325,6 @@ def _merge_keys_kernel(
         previous = best
 
 
-CONFIGS = {
-    (90, "half", "plain"): Config(block_q=128, block_p=64, resident=256, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "embedding"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "embedding+position"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "plain"): Config(block_q=128, block_p=64, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "embedding"): Config(block_q=128, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "embedding+position"): Config(block_q=128, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "half", "plain"): Config(block_q=128, block_p=64, resident=128, piece=64, num_warps=8, num_stages=3),
-    (80, "half", "embedding"): Config(block_q=64, block_p=64, resident=128, piece=64, num_warps=8, num_stages=3),
-    (80, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=3),
-    (80, "float", "plain"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-}
 BLOCK_Q_OF_MANY = 64
 """Most queries of a program that keeps more than one key of each."""
 
@@ -346,7 +332,7 @@ BLOCK_Q_OF_MANY = 64
 def config_for(features: Tensor, mask: Mask | None, position: Tensor | None, arch: int) -> Config:
     """The tiles of a call."""
     scope = "plain" if not isinstance(mask, EmbeddingMask) else "embedding" if position is None else "embedding+position"
-    return config_of(CONFIGS, arch, features.dtype, scope)
+    return config_of("select_prototypes", arch, features.dtype, scope)
 
 
 def plan(
