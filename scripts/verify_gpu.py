@@ -67,7 +67,16 @@ def parts(*, quick: bool) -> list[Part]:
     """All parts in their order: right first, then timed, then looked into."""
     study = [PYTHON, "-m", "emca_bench", "run", "kernels_cuda", "--device", "cuda", *(["--quick"] if quick else [])]
     sanitized = [PYTHON, *ON_DEVICE, *SHORT]
-    profiled = ["ncu", "--set", "full", "--kernel-name", "regex:.*(prototypes|emca_attention).*", "--launch-count", "16", "--force-overwrite"]
+    profiled = [
+        "ncu",
+        "--set",
+        "full",
+        "--kernel-name",
+        "regex:.*(prototypes|emca_attention).*",
+        "--launch-count",
+        "16",
+        "--force-overwrite",
+    ]
     return [
         Part("environment", [PYTHON, "-m", "emca_bench", "env", "--device", "cuda"]),
         Part("tests", [PYTHON, "-m", "pytest", "tests", "-m", "gpu", "-q"]),

@@ -86,7 +86,10 @@ def fused_s(sizes: Sizes, machine: Machine) -> float:
 
 def table(machine: Machine) -> str:
     """Markdown: a row for each cell of the targets."""
-    lines = ["| B | pixels | selection | share of the copy rate | EMCA layer | against published | against fused |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| B | pixels | selection | share of the copy rate | EMCA layer | against published | against fused |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for batch, height, width in ((1, 64, 64), (1, 128, 256), (4, 128, 256), (16, 128, 256)):
         sizes = Sizes(batch=batch, pixels=height * width, queries=100, width=256, itemsize=2)
         selection, layer = selection_s(sizes, machine), layer_s(sizes, machine)

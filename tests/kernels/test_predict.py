@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from emca_kernels.predict import Machine, fused_s, layer_s, main, masked_s, selection_s
+from emca_kernels.predict import Machine, fused_s, layer_s, main, masked_s, selection_s, table
 from emca_kernels.specs import Sizes
 
 SIXTEEN = Sizes(batch=16, pixels=32768, queries=100, width=256, itemsize=2)
@@ -36,6 +38,10 @@ def test_the_table_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[
     assert said.startswith("Predicted, not measured")
     assert "bandwidth=3350000000000" in said
     assert "| 16 | 128x256 |" in said
+
+
+def test_the_readme_shows_this_table() -> None:
+    assert table(Machine()) in (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--bandwidth", "0"], ["--launch", "-1"], ["--tensor-rate", "nan"]])

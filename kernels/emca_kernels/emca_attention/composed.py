@@ -36,7 +36,9 @@ def emca_attention(
     return finish(rows_BQC, kept_BQ, projected_BQD, queries_BQC, projections, residual)
 
 
-def refuses(features: Tensor, queries: Tensor, allowed: Tensor | None = None, mask_features: Tensor | None = None, *_: Tensor) -> str | None:
+def refuses(
+    features: Tensor, queries: Tensor, allowed: Tensor | None = None, mask_features: Tensor | None = None, *_: Tensor
+) -> str | None:
     """That there is nothing faster to compose than the reference's own parts, or None."""
     try:
         names = {explain_backend(op, features, queries, allowed, mask_features)[0] for op in ("select_prototypes", "pool_prototypes")}

@@ -483,9 +483,7 @@ def _emca_attention_merge_kernel(
     tl.debug_barrier()
 
     keyed = tl.arange(0, BLOCK_D)
-    key = multiply(
-        prototypes, key_weight, row, keyed, width, width, 1, row_count, key_width, width, BLOCK_R, BLOCK_D, BLOCK_K, UPCAST
-    )
+    key = multiply(prototypes, key_weight, row, keyed, width, width, 1, row_count, key_width, width, BLOCK_R, BLOCK_D, BLOCK_K, UPCAST)
     key = _with_bias(key, key_bias, keyed, key_width, features, UPCAST).to(tl.float32)
     asked = load_tile(projected, row, keyed, key_width, 1, row_count, key_width, UPCAST).to(tl.float32)
     _store(scratch, rounded(asked * key, features, UPCAST), row, keyed, row_count, key_width)
