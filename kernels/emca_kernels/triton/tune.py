@@ -36,7 +36,8 @@ def candidates(config: Config) -> Iterator[Config]:
     for block_q in {64, 128} - {config.block_q}:
         yield replace(config, block_q=block_q)
     for block_p in (config.block_p // 2, config.block_p * 2):
-        if 16 <= block_p <= 128:
+        # a word of a packed mask holds 32 pixels
+        if 32 <= block_p <= 128:
             yield replace(config, block_p=block_p)
     for num_warps in {4, 8} - {config.num_warps}:
         yield replace(config, num_warps=num_warps)
