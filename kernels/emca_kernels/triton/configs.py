@@ -1,7 +1,7 @@
 """Tile sizes per architecture, committed: nothing is tuned at run time, and a new size of image compiles no new kernel.
 
-The table is `configs.json`, by operator and coarse keys. Every entry is to compile without spills and within the architecture's shared memory,
-which `compiled.json` records; `python -m emca_kernels.triton.tune` chooses anew on a machine with a GPU.
+The table is `configs.json`, by operator and coarse keys. Every entry is to compile without spills and within the architecture's shared
+memory, which `tests_triton/compile` checks; `python -m emca_kernels.triton.tune` chooses anew on a machine with a GPU.
 """
 
 from __future__ import annotations
