@@ -3,6 +3,7 @@
 python3 -m nox -s reproduce                 everything in minutes, ends with the path of a report
 python3 -m nox -s tests                     lint, types, import contracts, tests
 python3 -m nox -s tests_triton              the Triton kernels, interpreted and compiled; run where there is a CUDA device
+python3 -m nox -s tests_triton_36           the same with Triton 3.6, in .nox/triton36; when asked for alone
 python3 -m nox -s tests_detectron2          the detectron2 integration, in .nox/detectron2 from constraints-detectron2.txt
 python3 -m nox -s kernels                   profile of the operators: gate, pytest-benchmark, roofline, targets
 python3 -m nox -s accuracy -- camvid        one study; arguments behind -- go to `emca-bench run`
@@ -113,6 +114,18 @@ def tests_triton(session: nox.Session) -> None:
         in_suite(session, "pytest", "tests_triton/interpret", *session.posargs, TRITON_INTERPRET="0")
     else:
         session.log("no CUDA device: the kernels did not run on one")
+
+
+@nox.session
+def tests_triton_36(session: nox.Session) -> None:
+    """The Triton kernels with the version that GPU machines have: interpreted, then compiled."""
+    make(session, "triton36", ["constraints-triton36.txt"], ["pytest", "pytest-timeout", "ninja", "numpy", "triton"])
+    # Triton 3.6 makes scalars of NumPy arrays as NumPy no longer wants it
+    ignored = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+    pytest = [str(binaries("triton36") / "python"), "-m", "pytest", "-W", ignored]
+    for folder, interpreted in (("interpret", "1"), ("compile", "0")):
+        environment = {"TRITON_INTERPRET": interpreted, "PYTHONPATH": str(ROOT / "kernels"), "OMP_WAIT_POLICY": "PASSIVE"}
+        session.run(*pytest, f"tests_triton/{folder}", *session.posargs, external=True, env=environment)
 
 
 @nox.session

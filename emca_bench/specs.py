@@ -214,11 +214,18 @@ class Target:
             raise UsageError(f"metric {self.metric!r} needs {needs}; found {listing(self.against) or 'none'}")
 
 
-TARGET_METRICS = {"speedup": True, "rate_share": True, "overhead_us": True, "memory_share": True, "extra_memory": False}
-"""Whether a metric compares arms. speedup: latency of the other over the arm's. memory_share: peak memory of the arm
-over the other's. rate_share: FLOP/s of the arm over the other's.
-overhead_us: latency of the arm minus the other's, in microseconds. extra_memory: peak of a training step beyond inputs, parameters and
-the gradients of features and parameters, in matrices of queries (Q x C elements)."""
+TARGET_METRICS = {
+    "speedup": True,
+    "rate_share": True,
+    "traffic_share": True,
+    "overhead_us": True,
+    "memory_share": True,
+    "extra_memory": False,
+}
+"""Whether a metric compares arms. speedup: latency of the other over the arm's. rate_share: FLOP/s of the arm over the other's.
+traffic_share: the same of bytes per second, by the least traffic. overhead_us: latency of the arm minus the other's, in microseconds.
+memory_share: peak memory of the arm over the other's. extra_memory: peak of a training step beyond inputs, parameters and the gradients
+of features and parameters, in matrices of queries (Q x C elements)."""
 
 
 @dataclass(frozen=True, kw_only=True)

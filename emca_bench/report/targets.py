@@ -24,10 +24,13 @@ UNITS: dict[str, Callable[[float], str]] = {
     "speedup": lambda value: f"{value:g}{numbers.TIMES}",
     "rate_share": lambda value: f"{100 * value:g} %",
     "memory_share": lambda value: f"{100 * value:g} %",
+    "traffic_share": lambda value: f"{100 * value:g} %",
     "overhead_us": lambda value: f"{numbers.significant(value)} \N{MICRO SIGN}s",
     "extra_memory": lambda value: f"{numbers.significant(value)} Q{numbers.TIMES}C",
 }
 """A number of each metric with its unit."""
+WORK = {"rate_share": "flops", "traffic_share": "bytes"}
+"""What a metric divides by time, on both sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,9 @@ def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | None
         return None
     if target.metric == "overhead_us":
         return stats.paired_difference(_times(mine, 1e3), _times(rival, 1e3))
-    if target.metric == "rate_share":
-        work = ours.values.get("flops"), theirs.values.get("flops")
+    if target.metric in WORK:
+        counted = WORK[target.metric]
+        work = ours.values.get(counted), theirs.values.get(counted)
         if not work[0] or not work[1]:
             return None
         mine, rival = _times(mine, 1 / work[0]), _times(rival, 1 / work[1])
@@ -180,7 +184,7 @@ def _served(result: Result) -> str:
 def _shown(metric: str, found: Mean) -> str:
     if metric == "speedup":
         return numbers.ratio(Ratio(found.estimate, found.low, found.high, found.count))
-    if metric == "rate_share":
+    if metric in WORK:
         scaled = [None if bound is None else 100 * bound for bound in (found.low, found.high)]
         return f"{100 * found.estimate:.1f} % {numbers.interval(scaled[0], scaled[1], 1)}".strip()
     shown = UNITS[metric](found.estimate)

@@ -134,6 +134,13 @@ def test_a_missed_target_says_what_served_the_call(judged: Callable[..., Judged]
     assert judged(speedup(at_least=5.0)).reason.endswith("pool_prototypes was served by native (asked for by backend).")
 
 
+def test_a_share_of_the_traffic_is_one_of_bytes_per_second(judged: Callable[..., Judged]) -> None:
+    """40 MB in 40 ms are 1 GB/s, an eighth of the copy's 8."""
+    where = {"pixels": "16x16", "dtype": "float32", "pass": "forward"}
+    row = judged(speedup(metric="traffic_share", against=("copy",), at_least=0.1, where=where))
+    assert row.measured == "12.5 % [12.5, 12.5]"
+
+
 def test_a_share_of_a_ceiling_is_paired_over_its_one_cell(judged: Callable[..., Judged]) -> None:
     """2 GFLOP in 40 ms are 50 GFLOP/s, half of the burst's 100, in every round whatever the drift."""
     row = judged(

@@ -42,12 +42,20 @@ def test_every_branch_is_among_them(architecture: int) -> None:
             if parameter.is_constexpr:
                 reached.setdefault((launch.kernel.fn.__name__, parameter.name), set()).add(launch.arguments[parameter.name])
     for kernel in ("_select_prototypes_fwd_kernel", "_pool_prototypes_fwd_kernel"):
+        assert reached[kernel, "HEADS"] == {1, 8}
+    for kernel in ("_select_prototypes_fwd_kernel", "_pool_prototypes_fwd_kernel", "_emca_attention_fwd_kernel"):
         assert reached[kernel, "MASK"] == {0, 1, 2, 3, 4}
         assert reached[kernel, "POSITION"] == reached[kernel, "RESIDENT"] == {True, False}
         assert reached[kernel, "MASK_RESIDENT"] == {True, False}
-        assert reached[kernel, "HEADS"] == {1, 8}
         # the interpreter alone needs it
         assert reached[kernel, "UPCAST"] == {False}
+    for kernel in ("_emca_attention_fwd_kernel", "_emca_attention_merge_kernel"):
+        assert reached[kernel, "SELECTION"] == {0, 1, 2}
+        assert reached[kernel, "POSITION"] == {True, False}
+    assert reached["_emca_attention_fwd_kernel", "QUERY_POSITION"] == reached["_emca_attention_fwd_kernel", "SCALED"] == {True, False}
+    # an A100 holds no rows of 256 channels beside its tiles
+    assert reached["_emca_attention_fwd_kernel", "FOLD_ON_CHIP"] == {True, False}
+    assert reached["_emca_attention_merge_kernel", "PROJECTED_RESIDUAL"] == {True, False}
     assert reached["_select_prototypes_fwd_kernel", "K"] == {1, 2, 4, 8, 16}
     assert reached["_pool_prototypes_fwd_kernel", "SOFT"] == reached["_merge_sums_kernel", "SOFT"] == {True, False}
 

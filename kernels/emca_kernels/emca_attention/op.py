@@ -10,16 +10,38 @@ from torch import Tensor
 from emca_kernels.autocast import follow_autocast
 from emca_kernels.backends import Backend, choose_backend, is_traced, register_backend, serves_all
 from emca_kernels.checks import as_large, as_mask, check_mask, check_position, check_same, check_tensor, once_per_signature
-from emca_kernels.emca_attention import native, reference
+from emca_kernels.emca_attention import composed, native, reference
 from emca_kernels.emca_attention.arguments import RESIDUALS, SELECTIONS, Attended, Projections
 from emca_kernels.emca_attention.backward import backward
 from emca_kernels.masks import Mask, allowed_of, from_parts, parts_of
 from emca_kernels.native import library
 from emca_kernels.registration import register_operator
 from emca_kernels.select_prototypes.op import MAX_PIXELS
+from emca_kernels.triton import runtime
+
+WIDEST_ON_CHIP = 256
+"""Channels of features or keys that the Triton backend carries through the layer."""
+
+
+def _triton_refuses(features: Tensor, *others: Tensor | None) -> str | None:
+    query_weight = others[3] if len(others) > 3 else None
+    widest = max(features.shape[-1], 0 if query_weight is None else len(query_weight))
+    return runtime.refuses(features, *others) or (f"{widest} channels, at most {WIDEST_ON_CHIP}" if widest > WIDEST_ON_CHIP else None)
+
 
 register_backend("emca_attention", Backend("reference", reference.emca_attention, serves_all))
+register_backend("emca_attention", Backend("composed", composed.emca_attention, composed.refuses, reads_masks=True))
 register_backend("emca_attention", Backend("native", native.emca_attention, library.refuses))
+register_backend(
+    "emca_attention",
+    Backend(
+        "triton",
+        runtime.lazily("emca_kernels.emca_attention.triton_kernels", "emca_attention"),
+        _triton_refuses,
+        runtime.refuses_unasked,
+        reads_masks=True,
+    ),
+)
 
 _PARAMETERS = ", ".join(f"Tensor {name.rsplit('_', 1)[0]}" for name in Projections._fields)
 _SIGNATURE = (
@@ -33,7 +55,7 @@ _PARTS = slice(6, 6 + len(Projections._fields))
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     features, queries, allowed, mask_features, position, query_position = arguments[: _PARTS.start]
     scale, selection, residual, backend = arguments[_PARTS.stop :]
-    chosen, _ = choose_backend("emca_attention", features, queries, allowed, mask_features, asked=backend)
+    chosen, _ = choose_backend("emca_attention", features, queries, allowed, mask_features, arguments[_PARTS.start], asked=backend)
     mask = from_parts(allowed, mask_features, features.shape[1])
     attended = chosen.implementation(
         features,

@@ -24,19 +24,28 @@ def emca_attention(
     residual: str,
 ) -> Attended:
     """See `emca_kernels.emca_attention`."""
-    weights = projections
-    projected_BQD = F.linear(located(queries_BQC, query_position_BQC), weights.query_weight_DC, weights.query_bias_D)
-    folded_BQC = projected_BQD @ weights.key_weight_DC
+    projected_BQD, folded_BQC = project(queries_BQC, query_position_BQC, projections)
     if selection == "argmax":
         indices, _ = select_prototypes(features_BPC, folded_BQC, allowed_BQP, position_BPC, k=1, heads=1)
-        kept_BQ = indices[:, :, 0, 0]
-        rows_BQC = rows_at(features_BPC, kept_BQ)
-        if position_BPC is not None:
-            rows_BQC = rows_BQC + rows_at(position_BPC, kept_BQ)
+        rows_BQC, kept_BQ = rows_at(features_BPC, position_BPC, indices[:, :, 0, 0]), indices[:, :, 0, 0]
     else:
         asked_BQC = None if selection == "mean" else folded_BQC if scale is None else folded_BQC * scale
         pooled, logsumexp = pool_prototypes(features_BPC, asked_BQC, allowed_BQP, position_BPC, heads=1)
         rows_BQC, kept_BQ = pooled[:, :, 0], logsumexp[:, :, 0]
+    return finish(rows_BQC, kept_BQ, projected_BQD, queries_BQC, projections, residual)
+
+
+def project(queries_BQC: Tensor, query_position_BQC: Tensor | None, projections: Projections) -> tuple[Tensor, Tensor]:
+    """The projected queries, and these folded (SPEC section 3, R1)."""
+    projected_BQD = F.linear(located(queries_BQC, query_position_BQC), projections.query_weight_DC, projections.query_bias_D)
+    return projected_BQD, projected_BQD @ projections.key_weight_DC
+
+
+def finish(
+    rows_BQC: Tensor, kept_BQ: Tensor, projected_BQD: Tensor, queries_BQC: Tensor, projections: Projections, residual: str
+) -> Attended:
+    """From the prototypes as features to the updated queries."""
+    weights = projections
     update_BQC = attend_prototypes(
         F.linear(rows_BQC, weights.key_weight_DC, weights.key_bias_D),
         projected_BQD,
@@ -55,6 +64,7 @@ def located(content_BQC: Tensor, position_BQC: Tensor | None) -> Tensor:
     return content_BQC if position_BQC is None else content_BQC + position_BQC
 
 
-def rows_at(rows_BPC: Tensor, indices_BQ: Tensor) -> Tensor:
-    """The rows of the chosen pixels, [B, Q, C]."""
-    return rows_BPC.gather(1, indices_BQ[..., None].expand(-1, -1, rows_BPC.shape[-1]))
+def rows_at(features_BPC: Tensor, position_BPC: Tensor | None, indices_BQ: Tensor) -> Tensor:
+    """The rows of the chosen pixels with their positions, [B, Q, C]."""
+    indices_BQC = indices_BQ[..., None].expand(-1, -1, features_BPC.shape[-1])
+    return located(features_BPC.gather(1, indices_BQC), None if position_BPC is None else position_BPC.gather(1, indices_BQC))

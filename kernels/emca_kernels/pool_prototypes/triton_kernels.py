@@ -14,50 +14,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emca_kernels.masks import Mask
-from emca_kernels.triton.arguments import MASKS, example_mask, mask_arguments, matrix_arguments, needs_upcast
+from emca_kernels.masks import EmbeddingMask, Mask
+from emca_kernels.triton.arguments import MASKS, count_queries, example_mask, stream_arguments
 from emca_kernels.triton.configs import Config, block_of, config_of, power_of_two, splits_of
 from emca_kernels.triton.runtime import Launch, architecture
 from emca_kernels.triton.tiles import MASK_EMBEDDING, MASK_NONE, dot, load_allowed, load_located, load_tile
 
 
 @triton.jit
-def _pool_prototypes_fwd_kernel(
-    features,  # [B, P, M * D]
-    position,  # [B, P, M * D]
-    queries,  # [B, Q, M * D]
-    mask,  # [B, Q, P or words or E]
-    mask_features,  # [B, P, E]
-    sums,  # [splits, B, Q, M, D] weighted sums
-    statistics,  # [splits, 3, B, Q, M]: maximum of the scores, sum of the weights, whether anything was allowed
+def stream_sums(
+    asking,
+    features,
+    position,
+    queries,
+    mask,
+    mask_features,
+    rows,
+    values,
+    first_pixel,
+    last_pixel,
     query_count,
     pixels,
     width,
     mask_width,
-    span,
-    rows_of_split,
-    features_stride_b,
     features_stride_p,
     features_stride_c,
-    position_stride_b,
     position_stride_p,
     position_stride_c,
-    queries_stride_b,
     queries_stride_q,
     queries_stride_c,
-    mask_stride_b,
     mask_stride_q,
     mask_stride_p,
-    mask_features_stride_b,
     mask_features_stride_p,
     mask_features_stride_e,
-    HEADS: tl.constexpr,
     SOFT: tl.constexpr,
     MASK: tl.constexpr,
     POSITION: tl.constexpr,
     RESIDENT: tl.constexpr,
     MASK_RESIDENT: tl.constexpr,
-    BLOCKS_Q: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -65,22 +59,12 @@ def _pool_prototypes_fwd_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Weighted sums over a span of pixels, of a block of channels. Grid (splits, B * M, blocks of channels * blocks of queries)."""
-    split = tl.program_id(0)
-    image = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
-    rows = (tl.program_id(2) % BLOCKS_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    block_v = tl.program_id(2) // BLOCKS_Q
-    values = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    features += image * features_stride_b + head * width * features_stride_c
-    position += image * position_stride_b + head * width * position_stride_c
-    queries += image * queries_stride_b + head * width * queries_stride_c
-    mask += image * mask_stride_b
-    mask_features += image * mask_features_stride_b
+    """Weighted sums [BLOCK_Q, BLOCK_V] of the channels `values` over one image's pixels from `first_pixel` to before `last_pixel`.
 
+    Beside them, per query: the highest score, the sum of the weights, and 1 where anything was allowed. For the rest see
+    `select_prototypes.triton_kernels.stream_best`.
+    """
     channels = tl.arange(0, BLOCK_C)
-    if SOFT and RESIDENT:
-        asking = load_tile(queries, rows, channels, queries_stride_q, queries_stride_c, query_count, width, UPCAST)
     embedding = 0.0
     if MASK == MASK_EMBEDDING and MASK_RESIDENT:
         embedding = load_tile(mask, rows, tl.arange(0, BLOCK_E), mask_stride_q, mask_stride_p, query_count, mask_width, UPCAST)
@@ -88,7 +72,7 @@ def _pool_prototypes_fwd_kernel(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     pooled = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
     masked = tl.zeros((BLOCK_Q,), tl.int32)
-    for start in range(split * span, tl.minimum(split * span + span, pixels), BLOCK_P):
+    for start in range(first_pixel, last_pixel, BLOCK_P):
         pixel_rows = start + tl.arange(0, BLOCK_P)
         tile = load_located(
             features,
@@ -161,34 +145,128 @@ def _pool_prototypes_fwd_kernel(
         weights = tl.exp(tl.where(counted, scores - top[:, None], -float("inf")))
         total = total * keep + tl.sum(weights, axis=1)
         pooled = dot(weights.to(tile.dtype), tile, pooled * keep[:, None])
-    places = (image * query_count + rows) * HEADS + head
-    inside = rows < query_count
-    sums += (split.to(tl.int64) * rows_of_split + places[:, None]) * width + values[None, :]
-    tl.store(sums, pooled, mask=inside[:, None] & (values < width)[None, :])
-    if block_v == 0:
-        found = statistics + split.to(tl.int64) * 3 * rows_of_split + places
-        tl.store(found, top, mask=inside)
-        tl.store(found + rows_of_split, total, mask=inside)
-        tl.store(found + 2 * rows_of_split, masked.to(tl.float32), mask=inside)
+    return pooled, top, total, masked
 
 
 @triton.jit
-def _merge_sums_kernel(
-    sums,  # [splits, rows, D]
-    statistics,  # [splits, 3, rows]
-    pooled,  # [rows, D]
-    logsumexp,  # [rows]
-    rows,
+def store_sums(sums, statistics, places, values, pooled, top, total, masked, inside, split, rows, width, is_first):
+    """One split's part: `sums` is [splits, rows, D], `statistics` [splits, 3, rows], written by the first block of channels alone."""
+    sums += (split.to(tl.int64) * rows + places[:, None]) * width + values[None, :]
+    tl.store(sums, pooled, mask=inside[:, None] & (values < width)[None, :])
+    if is_first:
+        found = statistics + split.to(tl.int64) * 3 * rows + places
+        tl.store(found, top, mask=inside)
+        tl.store(found + rows, total, mask=inside)
+        tl.store(found + 2 * rows, masked.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _pool_prototypes_fwd_kernel(
+    features,  # [B, P, M * D]
+    position,  # [B, P, M * D]
+    queries,  # [B, Q, M * D]
+    mask,  # [B, Q, P or words or E]
+    mask_features,  # [B, P, E]
+    sums,  # [splits, B, Q, M, D] weighted sums
+    statistics,  # [splits, 3, B, Q, M]: maximum of the scores, sum of the weights, whether anything was allowed
+    query_count,
+    pixels,
     width,
-    splits,
+    mask_width,
+    span,
+    rows_of_split,
+    features_stride_b,
+    features_stride_p,
+    features_stride_c,
+    position_stride_b,
+    position_stride_p,
+    position_stride_c,
+    queries_stride_b,
+    queries_stride_q,
+    queries_stride_c,
+    mask_stride_b,
+    mask_stride_q,
+    mask_stride_p,
+    mask_features_stride_b,
+    mask_features_stride_p,
+    mask_features_stride_e,
+    HEADS: tl.constexpr,
     SOFT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    MASK: tl.constexpr,
+    POSITION: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    MASK_RESIDENT: tl.constexpr,
+    BLOCKS_Q: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Weighted means of all splits, taken in their order; those that pooled everything count for nothing beside one that was masked."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = row < rows
+    """Weighted sums over a span of pixels, of a block of channels. Grid (splits, B * M, blocks of channels * blocks of queries)."""
+    split = tl.program_id(0)
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    rows = (tl.program_id(2) % BLOCKS_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    block_v = tl.program_id(2) // BLOCKS_Q
+    values = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    features += image * features_stride_b + head * width * features_stride_c
+    position += image * position_stride_b + head * width * position_stride_c
+    queries += image * queries_stride_b + head * width * queries_stride_c
+    mask += image * mask_stride_b
+    mask_features += image * mask_features_stride_b
+
+    asking = 0.0
+    if SOFT and RESIDENT:
+        asking = load_tile(queries, rows, tl.arange(0, BLOCK_C), queries_stride_q, queries_stride_c, query_count, width, UPCAST)
+    pooled, top, total, masked = stream_sums(
+        asking,
+        features,
+        position,
+        queries,
+        mask,
+        mask_features,
+        rows,
+        values,
+        split * span,
+        tl.minimum(split * span + span, pixels),
+        query_count,
+        pixels,
+        width,
+        mask_width,
+        features_stride_p,
+        features_stride_c,
+        position_stride_p,
+        position_stride_c,
+        queries_stride_q,
+        queries_stride_c,
+        mask_stride_q,
+        mask_stride_p,
+        mask_features_stride_p,
+        mask_features_stride_e,
+        SOFT,
+        MASK,
+        POSITION,
+        RESIDENT,
+        MASK_RESIDENT,
+        BLOCK_Q,
+        BLOCK_P,
+        BLOCK_C,
+        BLOCK_V,
+        BLOCK_E,
+        UPCAST,
+    )
+    places = (image * query_count + rows) * HEADS + head
+    store_sums(sums, statistics, places, values, pooled, top, total, masked, rows < query_count, split, rows_of_split, width, block_v == 0)
+
+
+@triton.jit
+def merge_sums(sums, statistics, row, values, inside, rows, width, splits, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Weighted means [BLOCK_R, BLOCK_V] and logs of the sums of exponentials over all splits, taken in their order.
+
+    Splits that pooled everything count for nothing beside one that was masked.
+    """
     here = inside[:, None] & (values < width)[None, :]
     top = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -208,35 +286,49 @@ def _merge_sums_kernel(
         add = tl.exp(best - top)
         total = total * keep + weight * add
         merged = merged * keep[:, None] + part * add[:, None]
-    tl.store(pooled + row.to(tl.int64)[:, None] * width + values[None, :], merged / total[:, None], mask=here)
+    return merged / total[:, None], top + tl.log(total)
+
+
+@triton.jit
+def _merge_sums_kernel(
+    sums,  # [splits, rows, D]
+    statistics,  # [splits, 3, rows]
+    pooled,  # [rows, D]
+    logsumexp,  # [rows]
+    rows,
+    width,
+    splits,
+    SOFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Weighted means of all splits, and the normaliser of their weights; zero without scores."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = row < rows
+    means, normaliser = merge_sums(sums, statistics, row, values, inside, rows, width, splits, BLOCK_R, BLOCK_V)
+    here = inside[:, None] & (values < width)[None, :]
+    tl.store(pooled + row.to(tl.int64)[:, None] * width + values[None, :], means, mask=here)
     if tl.program_id(1) == 0:
-        result = tl.zeros((BLOCK_R,), tl.float32)
-        if SOFT:
-            result = top + tl.log(total)
-        tl.store(logsumexp + row, result, mask=inside)
+        tl.store(logsumexp + row, normaliser if SOFT else tl.zeros((BLOCK_R,), tl.float32), mask=inside)
 
 
-CONFIGS = {
-    (90, "half", "narrow"): Config(block_q=128, block_p=32, resident=64, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "plain"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "embedding"): Config(block_q=64, block_p=32, resident=256, piece=64, num_warps=8, num_stages=2),
-    (90, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "plain"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (90, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "half", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=4, num_stages=2),
-    (80, "half", "plain"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (80, "half", "embedding"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (80, "half", "embedding+position"): Config(block_q=64, block_p=32, resident=128, piece=64, num_warps=8, num_stages=2),
-    (80, "float", "narrow"): Config(block_q=64, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (80, "float", "plain"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-}
 NARROW = 64
 WIDEST_VALUES = 256
 """Channels whose sums a program keeps; half of that in float32."""
+
+
+def config_for(features: Tensor, width: int, mask: Mask | None, position: Tensor | None, arch: int) -> Config:
+    """The tiles of a call; `width` is that of a head."""
+    scope = "narrow" if width <= NARROW else "plain"
+    if isinstance(mask, EmbeddingMask):
+        scope = "embedding" if position is None else "embedding+position"
+    return config_of("pool_prototypes", arch, features.dtype, scope)
+
+
+def values_of(features: Tensor, width: int) -> int:
+    """How many channels' sums a program keeps."""
+    return min(power_of_two(width), WIDEST_VALUES // (2 if features.dtype == torch.float32 else 1))
 
 
 def plan(
@@ -252,19 +344,13 @@ def plan(
     """The launches of one call and what they write: pooled features and logsumexp. See `select_prototypes.triton_kernels.plan`."""
     batch, pixels = features_BPC.shape[:2]
     width = features_BPC.shape[2] // heads
-    masking = mask_arguments(mask, features_BPC)
-    count = queries_BQC.shape[1] if queries_BQC is not None else masking["mask"].shape[1]
-    scope = "narrow" if width <= NARROW else "plain"
-    if masking["MASK"] == MASK_EMBEDDING.value:
-        scope = "embedding" if position_BPC is None else "embedding+position"
-    config = config_of(CONFIGS, arch, features_BPC.dtype, scope)
-    resident = width <= config.resident
+    config = config_for(features_BPC, width, mask, position_BPC, arch)
+    count = count_queries(queries_BQC, mask)
     block_q = block_of(count, config.block_q)
     blocks_q = -(-count // block_q)
-    block_v = min(power_of_two(width), WIDEST_VALUES // (2 if features_BPC.dtype == torch.float32 else 1))
+    block_v = values_of(features_BPC, width)
     blocks_v = -(-width // block_v)
-    programs = batch * heads * blocks_q * blocks_v
-    splits, span = splits_of(pixels, config.block_p, programs, arch, splits)
+    splits, span = splits_of(pixels, config.block_p, batch * heads * blocks_q * blocks_v, arch, splits)
     shape = (batch, count, heads)
     sums = features_BPC.new_empty((splits, *shape, width), dtype=torch.float32)
     statistics = features_BPC.new_empty((splits, 3, *shape), dtype=torch.float32)
@@ -272,29 +358,15 @@ def plan(
     logsumexp = features_BPC.new_empty(shape, dtype=torch.float32)
     rows = batch * count * heads
     arguments: dict[str, Any] = {
-        **matrix_arguments("features", features_BPC, "bpc"),
-        **matrix_arguments("position", position_BPC, "bpc", instead=features_BPC),
-        **matrix_arguments("queries", queries_BQC, "bqc", instead=features_BPC),
-        **masking,
+        **stream_arguments(features_BPC, queries_BQC, mask, position_BPC, config, width=width, block_q=block_q),
         "sums": sums,
         "statistics": statistics,
-        "query_count": count,
-        "pixels": pixels,
-        "width": width,
         "span": span,
         "rows_of_split": rows,
         "HEADS": heads,
         "SOFT": queries_BQC is not None,
-        "POSITION": position_BPC is not None,
-        "RESIDENT": resident,
-        "MASK_RESIDENT": masking["mask_width"] <= config.resident,
         "BLOCKS_Q": blocks_q,
-        "BLOCK_Q": block_q,
-        "BLOCK_P": config.block_p,
-        "BLOCK_C": block_v if resident else config.piece,
         "BLOCK_V": block_v,
-        "BLOCK_E": power_of_two(masking["mask_width"]) if masking["mask_width"] <= config.resident else config.piece,
-        "UPCAST": needs_upcast(features_BPC, mask),
     }
     grid = (splits, batch * heads, blocks_v * blocks_q)
     pool = Launch(_pool_prototypes_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)

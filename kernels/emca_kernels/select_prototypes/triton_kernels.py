@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emca_kernels.masks import Mask
-from emca_kernels.triton.arguments import MASKS, example_mask, mask_arguments, matrix_arguments, needs_upcast
+from emca_kernels.masks import EmbeddingMask, Mask
+from emca_kernels.triton.arguments import MASKS, example_mask, stream_arguments
 from emca_kernels.triton.configs import Config, block_of, config_of, power_of_two, splits_of
 from emca_kernels.triton.runtime import Launch, architecture
 from emca_kernels.triton.tiles import MASK_EMBEDDING, MASK_NONE, dot, load_allowed, load_located, load_tile
@@ -32,6 +32,12 @@ def _pack(allowed, score, pixel):
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000
     return (allowed.to(tl.int64) << 62) | (ordered << PIXEL_BITS) | (~pixel & LAST_PIXEL).to(tl.int64)
+
+
+@triton.jit
+def pixel_of(key):
+    """The pixel that a key names."""
+    return ~key & LAST_PIXEL
 
 
 @triton.jit
@@ -66,6 +72,118 @@ def _keep_best(keys, scores, allowed, start, pixels, MASK: tl.constexpr, K: tl.c
             keys = tl.where((keys == worst) & (key > worst), key, keys)
             scores = tl.where(columns == column[:, None], -float("inf"), scores)
     return keys
+
+
+@triton.jit
+def stream_best(
+    asking,
+    features,
+    position,
+    queries,
+    mask,
+    mask_features,
+    rows,
+    first_pixel,
+    last_pixel,
+    query_count,
+    pixels,
+    width,
+    mask_width,
+    features_stride_p,
+    features_stride_c,
+    position_stride_p,
+    position_stride_c,
+    queries_stride_q,
+    queries_stride_c,
+    mask_stride_q,
+    mask_stride_p,
+    mask_features_stride_p,
+    mask_features_stride_e,
+    K: tl.constexpr,
+    MASK: tl.constexpr,
+    POSITION: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    MASK_RESIDENT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The K best keys [BLOCK_Q, K] of one image's pixels from `first_pixel` to before `last_pixel`, for the queries `rows`.
+
+    Pointers are those of the image and head. `asking` is the tile of all channels of these queries if RESIDENT; else pieces of them are
+    loaded from `queries`.
+    """
+    channels = tl.arange(0, BLOCK_C)
+    embedding = 0.0
+    if MASK == MASK_EMBEDDING and MASK_RESIDENT:
+        embedding = load_tile(mask, rows, tl.arange(0, BLOCK_E), mask_stride_q, mask_stride_p, query_count, mask_width, UPCAST)
+    # kept keys differ from each other, so that one of them is the worst
+    kept = tl.zeros((BLOCK_Q, K), tl.int64) + (tl.arange(0, K).to(tl.int64) + NOTHING)[None, :]
+    for start in range(first_pixel, last_pixel, BLOCK_P):
+        pixel_rows = start + tl.arange(0, BLOCK_P)
+        scores = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
+        if RESIDENT:
+            tile = load_located(
+                features,
+                position,
+                pixel_rows,
+                channels,
+                features_stride_p,
+                features_stride_c,
+                position_stride_p,
+                position_stride_c,
+                pixels,
+                width,
+                POSITION,
+                UPCAST,
+            )
+            scores = dot(asking, tl.trans(tile), scores)
+        else:
+            for first in range(0, width, BLOCK_C):
+                piece = first + channels
+                asked = load_tile(queries, rows, piece, queries_stride_q, queries_stride_c, query_count, width, UPCAST)
+                tile = load_located(
+                    features,
+                    position,
+                    pixel_rows,
+                    piece,
+                    features_stride_p,
+                    features_stride_c,
+                    position_stride_p,
+                    position_stride_c,
+                    pixels,
+                    width,
+                    POSITION,
+                    UPCAST,
+                )
+                scores = dot(asked, tl.trans(tile), scores)
+        allowed = scores == scores
+        if MASK != MASK_NONE:
+            allowed = load_allowed(
+                mask,
+                embedding,
+                mask_features,
+                rows,
+                start,
+                mask_stride_q,
+                mask_stride_p,
+                mask_features_stride_p,
+                mask_features_stride_e,
+                query_count,
+                pixels,
+                mask_width,
+                MASK,
+                BLOCK_Q,
+                BLOCK_P,
+                BLOCK_E,
+                MASK_RESIDENT,
+                UPCAST,
+            )
+        scores = tl.where((pixel_rows < pixels)[None, :], scores, -float("inf"))
+        kept = _keep_best(kept, scores, allowed, start, pixels, MASK, K, BLOCK_P)
+    return kept
 
 
 @triton.jit
@@ -119,79 +237,59 @@ def _select_prototypes_fwd_kernel(
     mask += image * mask_stride_b
     mask_features += image * mask_features_stride_b
 
-    channels = tl.arange(0, BLOCK_C)
+    asking = 0.0
     if RESIDENT:
-        asking = load_tile(queries, rows, channels, queries_stride_q, queries_stride_c, query_count, width, UPCAST)
-    embedding = 0.0
-    if MASK == MASK_EMBEDDING and MASK_RESIDENT:
-        embedding = load_tile(mask, rows, tl.arange(0, BLOCK_E), mask_stride_q, mask_stride_p, query_count, mask_width, UPCAST)
-    # kept keys differ from each other, so that one of them is the worst
-    kept = tl.zeros((BLOCK_Q, K), tl.int64) + (tl.arange(0, K).to(tl.int64) + NOTHING)[None, :]
-    for start in range(split * span, tl.minimum(split * span + span, pixels), BLOCK_P):
-        pixel_rows = start + tl.arange(0, BLOCK_P)
-        scores = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-        if RESIDENT:
-            tile = load_located(
-                features,
-                position,
-                pixel_rows,
-                channels,
-                features_stride_p,
-                features_stride_c,
-                position_stride_p,
-                position_stride_c,
-                pixels,
-                width,
-                POSITION,
-                UPCAST,
-            )
-            scores = dot(asking, tl.trans(tile), scores)
-        else:
-            for first in range(0, width, BLOCK_C):
-                piece = first + channels
-                asking = load_tile(queries, rows, piece, queries_stride_q, queries_stride_c, query_count, width, UPCAST)
-                tile = load_located(
-                    features,
-                    position,
-                    pixel_rows,
-                    piece,
-                    features_stride_p,
-                    features_stride_c,
-                    position_stride_p,
-                    position_stride_c,
-                    pixels,
-                    width,
-                    POSITION,
-                    UPCAST,
-                )
-                scores = dot(asking, tl.trans(tile), scores)
-        allowed = scores == scores
-        if MASK != MASK_NONE:
-            allowed = load_allowed(
-                mask,
-                embedding,
-                mask_features,
-                rows,
-                start,
-                mask_stride_q,
-                mask_stride_p,
-                mask_features_stride_p,
-                mask_features_stride_e,
-                query_count,
-                pixels,
-                mask_width,
-                MASK,
-                BLOCK_Q,
-                BLOCK_P,
-                BLOCK_E,
-                MASK_RESIDENT,
-                UPCAST,
-            )
-        scores = tl.where((pixel_rows < pixels)[None, :], scores, -float("inf"))
-        kept = _keep_best(kept, scores, allowed, start, pixels, MASK, K, BLOCK_P)
+        asking = load_tile(queries, rows, tl.arange(0, BLOCK_C), queries_stride_q, queries_stride_c, query_count, width, UPCAST)
+    kept = stream_best(
+        asking,
+        features,
+        position,
+        queries,
+        mask,
+        mask_features,
+        rows,
+        split * span,
+        tl.minimum(split * span + span, pixels),
+        query_count,
+        pixels,
+        width,
+        mask_width,
+        features_stride_p,
+        features_stride_c,
+        position_stride_p,
+        position_stride_c,
+        queries_stride_q,
+        queries_stride_c,
+        mask_stride_q,
+        mask_stride_p,
+        mask_features_stride_p,
+        mask_features_stride_e,
+        K,
+        MASK,
+        POSITION,
+        RESIDENT,
+        MASK_RESIDENT,
+        BLOCK_Q,
+        BLOCK_P,
+        BLOCK_C,
+        BLOCK_E,
+        UPCAST,
+    )
     slots = tl.num_programs(0) * K
     places = ((image * query_count + rows) * HEADS + head) * slots + split * K
     tl.store(keys + places[:, None] + tl.arange(0, K)[None, :], kept, mask=(rows < query_count)[:, None])
+
+
+@triton.jit
+def highest_key(keys, places, inside, candidates, below, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The highest of the candidates of each row that is lower than `below`, or NOTHING."""
+    best = tl.full((BLOCK_R,), NOTHING, tl.int64)
+    for first in range(0, candidates, BLOCK_S):
+        column = first + tl.arange(0, BLOCK_S)
+        here = inside[:, None] & (column < candidates)[None, :]
+        key = tl.load(keys + places[:, None] * candidates + column[None, :], mask=here, other=NOTHING)
+        best = tl.maximum(best, tl.max(tl.where(key < below[:, None], key, NOTHING), axis=1))
+    return best
 
 
 @triton.jit
@@ -213,14 +311,9 @@ def _merge_keys_kernel(
     first_index = tl.zeros((BLOCK_R,), tl.int64)
     first_allowed = tl.zeros((BLOCK_R,), tl.int64)
     for slot in range(count):
-        best = tl.full((BLOCK_R,), NOTHING, tl.int64)
-        for first in range(0, candidates, BLOCK_S):
-            column = first + tl.arange(0, BLOCK_S)
-            here = inside[:, None] & (column < candidates)[None, :]
-            key = tl.load(keys + places[:, None] * candidates + column[None, :], mask=here, other=NOTHING)
-            best = tl.maximum(best, tl.max(tl.where(key < previous[:, None], key, NOTHING), axis=1))
+        best = highest_key(keys, places, inside, candidates, previous, BLOCK_R, BLOCK_S)
         allowed = best >> 62
-        index = ~best & LAST_PIXEL
+        index = pixel_of(best)
         first_allowed = tl.where(slot == 0, allowed, first_allowed)
         # nothing left, or blocked behind an allowed one
         empty = (best < 0) | (allowed < first_allowed)
@@ -232,22 +325,14 @@ def _merge_keys_kernel(
         previous = best
 
 
-CONFIGS = {
-    (90, "half", "plain"): Config(block_q=128, block_p=64, resident=256, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "embedding"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=3),
-    (90, "half", "embedding+position"): Config(block_q=128, block_p=32, resident=256, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "plain"): Config(block_q=128, block_p=64, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "embedding"): Config(block_q=128, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (90, "float", "embedding+position"): Config(block_q=128, block_p=32, resident=64, piece=64, num_warps=8, num_stages=2),
-    (80, "half", "plain"): Config(block_q=128, block_p=64, resident=128, piece=64, num_warps=8, num_stages=3),
-    (80, "half", "embedding"): Config(block_q=64, block_p=64, resident=128, piece=64, num_warps=8, num_stages=3),
-    (80, "half", "embedding+position"): Config(block_q=64, block_p=64, resident=128, piece=64, num_warps=8, num_stages=3),
-    (80, "float", "plain"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-    (80, "float", "embedding+position"): Config(block_q=64, block_p=32, resident=32, piece=32, num_warps=8, num_stages=2),
-}
 BLOCK_Q_OF_MANY = 64
 """Most queries of a program that keeps more than one key of each."""
+
+
+def config_for(features: Tensor, mask: Mask | None, position: Tensor | None, arch: int) -> Config:
+    """The tiles of a call."""
+    scope = "plain" if not isinstance(mask, EmbeddingMask) else "embedding" if position is None else "embedding+position"
+    return config_of("select_prototypes", arch, features.dtype, scope)
 
 
 def plan(
@@ -264,38 +349,20 @@ def plan(
     """The launches of one call and what they write: indices and scores. Works on `meta` tensors, which is how kernels are compiled
     without a GPU. `splits` overrides the table's, for tests."""
     (batch, pixels, channels), count = features_BPC.shape, queries_BQC.shape[1]
-    width = channels // heads
-    masking = mask_arguments(mask, features_BPC)
-    scope = "plain" if masking["MASK"] != MASK_EMBEDDING.value else "embedding" if position_BPC is None else "embedding+position"
-    config = config_of(CONFIGS, arch, features_BPC.dtype, scope)
+    config = config_for(features_BPC, mask, position_BPC, arch)
     slots = power_of_two(k, 1)
     block_q = block_of(count, config.block_q if slots == 1 else min(config.block_q, BLOCK_Q_OF_MANY))
     blocks_q = -(-count // block_q)
-    programs = batch * heads * blocks_q
-    splits, span = splits_of(pixels, config.block_p, programs, arch, splits)
+    splits, span = splits_of(pixels, config.block_p, batch * heads * blocks_q, arch, splits)
     keys = queries_BQC.new_empty((batch, count, heads, splits * slots), dtype=torch.int64)
     indices = queries_BQC.new_empty((batch, count, heads, k), dtype=torch.int64)
     scores = features_BPC.new_empty((batch, count, heads, k))
     arguments: dict[str, Any] = {
-        **matrix_arguments("features", features_BPC, "bpc"),
-        **matrix_arguments("position", position_BPC, "bpc", instead=features_BPC),
-        **matrix_arguments("queries", queries_BQC, "bqc"),
-        **masking,
+        **stream_arguments(features_BPC, queries_BQC, mask, position_BPC, config, width=channels // heads, block_q=block_q),
         "keys": keys,
-        "query_count": count,
-        "pixels": pixels,
-        "width": width,
         "span": span,
         "HEADS": heads,
         "K": slots,
-        "POSITION": position_BPC is not None,
-        "RESIDENT": width <= config.resident,
-        "MASK_RESIDENT": masking["mask_width"] <= config.resident,
-        "BLOCK_Q": block_q,
-        "BLOCK_P": config.block_p,
-        "BLOCK_C": power_of_two(width) if width <= config.resident else config.piece,
-        "BLOCK_E": power_of_two(masking["mask_width"]) if masking["mask_width"] <= config.resident else config.piece,
-        "UPCAST": needs_upcast(features_BPC, mask),
     }
     grid = (splits, batch * heads, blocks_q)
     search = Launch(_select_prototypes_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emca_kernels.masks import BoolMask, EmbeddingMask, LogitMask, Mask, PackedMask
+from emca_kernels.masks import BoolMask, EmbeddingMask, LogitMask, Mask, PackedMask, parts_of
+from emca_kernels.triton.configs import Config, power_of_two
 from emca_kernels.triton.runtime import interpreting
 
 
@@ -44,6 +45,38 @@ def needs_upcast(features: Tensor, mask: Mask | None) -> bool:
     """Whether a product of tiles must be float32 because the interpreter would multiply bfloat16 as integers."""
     factors = [features.dtype] + ([mask.embedding_BQE.dtype] if isinstance(mask, EmbeddingMask) else [])
     return interpreting() and torch.bfloat16 in factors
+
+
+def count_queries(queries: Tensor | None, mask: Mask | None) -> int:
+    """Q, by the mask where there are no queries."""
+    counted = parts_of(mask)[0] if queries is None else queries
+    assert counted is not None
+    return counted.shape[1]
+
+
+def stream_arguments(
+    features: Tensor, queries: Tensor | None, mask: Mask | None, position: Tensor | None, config: Config, *, width: int, block_q: int
+) -> dict[str, Any]:
+    """What every kernel takes that streams pixels past queries; `width` is that of a head."""
+    masking = mask_arguments(mask, features)
+    mask_resident = masking["mask_width"] <= config.resident
+    return {
+        **matrix_arguments("features", features, "bpc"),
+        **matrix_arguments("position", position, "bpc", instead=features),
+        **matrix_arguments("queries", queries, "bqc", instead=features),
+        **masking,
+        "query_count": count_queries(queries, mask),
+        "pixels": features.shape[1],
+        "width": width,
+        "POSITION": position is not None,
+        "RESIDENT": width <= config.resident,
+        "MASK_RESIDENT": mask_resident,
+        "BLOCK_Q": block_q,
+        "BLOCK_P": config.block_p,
+        "BLOCK_C": power_of_two(width) if width <= config.resident else config.piece,
+        "BLOCK_E": power_of_two(masking["mask_width"]) if mask_resident else config.piece,
+        "UPCAST": needs_upcast(features, mask),
+    }
 
 
 MASKS = ("none", "bool", "packed", "logit", "embedding")

@@ -1,20 +1,27 @@
 """Tile sizes per architecture, committed: nothing is tuned at run time, and a new size of image compiles no new kernel.
 
-Keys are coarse. Every entry compiles without spills and within the architecture's shared memory, which `compiled.json` records.
+The table is `configs.json`, by operator and coarse keys. Every entry is to compile without spills and within the architecture's shared
+memory, which `tests_triton/compile` checks; `python -m emca_kernels.triton.tune` chooses anew on a machine with a GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+
+TABLE = Path(__file__).parent / "configs.json"
 
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What one block may use."""
 
-PROGRAMS = {80: 2 * 108, 90: 2 * 132}
-"""How many programs a launch aims at: two for each processor of an A100 or H100. Constants, not the device's count: sums of soft
-prototypes are merged per program, and the same call gives the same bits on every device of an architecture."""
+PROCESSORS = {80: 108, 90: 132}
+"""Of an A100 and an H100. Constants, not the device's count: sums of soft prototypes are merged per program, and the same call gives
+the same bits on every device of an architecture."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +49,52 @@ def block_of(count: int, most: int) -> int:
     return min(most, next(block for block in (16, 64, 128) if count <= block or block == 128))
 
 
-def config_of(table: dict[tuple[int, str, str], Config], architecture: int, dtype: torch.dtype, scope: str) -> Config:
-    """The entry of a table; `scope` tells how many matrices are streamed."""
-    return table[architecture, "float" if dtype == torch.float32 else "half", scope]
+Key = tuple[int, str, str]
+"""Architecture, "half" or "float", and the scope: how many matrices are streamed, or how wide they are."""
 
 
-def splits_of(pixels: int, block_p: int, programs: int, architecture: int, splits: int | None = None) -> tuple[int, int]:
+@functools.cache
+def tables() -> dict[str, dict[Key, Config]]:
+    """All entries, by operator."""
+    return parse_tables(TABLE.read_text())
+
+
+def parse_tables(text: str) -> dict[str, dict[Key, Config]]:
+    """What `format_tables` wrote."""
+    found: dict[str, dict[Key, Config]] = {}
+    for operator, entries in json.loads(text).items():
+        for name, sizes in entries.items():
+            architecture, kind, scope = name.split(" ")
+            found.setdefault(operator, {})[int(architecture), kind, scope] = Config(**sizes)
+    return found
+
+
+def format_tables(of: Mapping[str, Mapping[Key, Config]]) -> str:
+    """JSON with an entry a line, so that a change shows as one."""
+    blocks: list[str] = []
+    for operator, entries in sorted(of.items()):
+        named = sorted((" ".join(map(str, key)), json.dumps(asdict(config))) for key, config in entries.items())
+        lines = ",\n".join(f"  {json.dumps(name)}: {sizes}" for name, sizes in named)
+        blocks.append(f" {json.dumps(operator)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def config_of(operator: str, architecture: int, dtype: torch.dtype, scope: str) -> Config:
+    """The entry of an operator's table."""
+    return tables()[operator][architecture, "float" if dtype == torch.float32 else "half", scope]
+
+
+def splits_of(
+    pixels: int, block_p: int, programs: int, architecture: int, splits: int | None = None, *, per_processor: int = 2
+) -> tuple[int, int]:
     """(splits, pixels of each): how many programs share the pixels of one image and block of queries; none is left without a tile.
 
     Args:
         programs: of the launch, were no pixels shared.
         splits: as many as these instead, as far as there are tiles.
+        per_processor: how many programs of the launch each processor of the device should get.
     """
     tiles = -(-pixels // block_p)
-    wanted = max(1, min(tiles, splits or PROGRAMS[architecture] // programs))
+    wanted = max(1, min(tiles, splits or per_processor * PROCESSORS[architecture] // programs))
     span = -(-tiles // wanted) * block_p
     return -(-pixels // span), span

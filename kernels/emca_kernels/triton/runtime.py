@@ -57,7 +57,7 @@ def architecture(device: torch.device) -> int:
     return 90 if device.type != "cuda" else ARCHITECTURES.get(torch.cuda.get_device_capability(device), 0)
 
 
-def refuses(features: Tensor, *_: Tensor | None) -> str | None:
+def refuses(features: Tensor, *others: Tensor | None) -> str | None:
     """The reason why Triton kernels cannot serve tensors like these, or None."""
     reason = missing()
     if reason is not None:
@@ -67,7 +67,7 @@ def refuses(features: Tensor, *_: Tensor | None) -> str | None:
         return f"{features.device.type} tensors" + (" in Triton's interpreter" if interpreting() else "")
     if features.dtype not in DTYPES:
         return f"{features.dtype}".removeprefix("torch.")
-    if features.numel() == 0:
+    if any(tensor is not None and tensor.numel() == 0 for tensor in (features, *others)):
         return "empty tensors"
     if not architecture(features.device):
         return f"no tile sizes for {torch.cuda.get_device_name(features.device)}"

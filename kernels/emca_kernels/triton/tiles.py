@@ -27,6 +27,20 @@ def load_tile(base, rows, columns, row_stride, column_stride, row_count, column_
 
 
 @triton.jit
+def rounded(values, like, UPCAST: tl.constexpr):
+    """float32 values rounded to the dtype that `like` points to, as a factor of a product of tiles; to nearest in the interpreter too."""
+    if UPCAST:
+        if like.dtype.element_ty == tl.bfloat16:
+            # the interpreter cuts bits off
+            bits = values.to(tl.int32, bitcast=True)
+            values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        factor = values.to(like.dtype.element_ty).to(tl.float32)
+    else:
+        factor = values.to(like.dtype.element_ty)
+    return factor
+
+
+@triton.jit
 def load_located(
     features,
     position,
@@ -45,12 +59,7 @@ def load_located(
     tile = load_tile(features, rows, columns, row_stride, column_stride, row_count, column_count, UPCAST)
     if POSITION:
         where = load_tile(position, rows, columns, position_row_stride, position_column_stride, row_count, column_count, UPCAST)
-        located = tile.to(tl.float32) + where.to(tl.float32)
-        if UPCAST and features.dtype.element_ty == tl.bfloat16:
-            # the interpreter cuts bits off instead of rounding to nearest
-            bits = located.to(tl.int32, bitcast=True)
-            located = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        tile = located.to(features.dtype.element_ty).to(tile.dtype)
+        tile = rounded(tile.to(tl.float32) + where.to(tl.float32), features, UPCAST)
     return tile
 
 
@@ -58,6 +67,21 @@ def load_located(
 def dot(a, b, accumulator):
     """accumulator + a b. float32 as three products of tf32 parts: tensor cores, and the right index (see kernels/README.md)."""
     return tl.dot(a, b, accumulator, input_precision="tf32x3")
+
+
+@triton.jit
+def multiply(
+    factors, weight, rows, columns, factors_stride, weight_stride, inner_stride, row_count, column_count, inner, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows of a matrix [rows, inner] times a weight [columns, inner], float32 [BLOCK_R, BLOCK_N], by pieces of BLOCK_K."""
+    result = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for first in range(0, inner, BLOCK_K):
+        piece = first + tl.arange(0, BLOCK_K)
+        factor = load_tile(factors, rows, piece, factors_stride, 1, row_count, inner, UPCAST)
+        other = load_tile(weight, columns, piece, weight_stride, inner_stride, column_count, inner, UPCAST)
+        result = dot(factor, tl.trans(other), result)
+    return result
 
 
 @triton.jit
