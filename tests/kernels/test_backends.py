@@ -11,7 +11,7 @@ from emca_kernels import backends, explain_backend, select_prototypes
 from emca_kernels.backends import Backend, record_backends, register_backend, serves_all
 from torch import Tensor
 
-OPERATORS = ("attend_prototypes", "deformable_attention", "pool_prototypes", "select_prototypes")
+OPERATORS = ("attend_prototypes", "deformable_attention", "emca_attention", "pool_prototypes", "select_prototypes")
 
 
 def answer(features: Tensor, *_: Tensor | None, **__: int) -> tuple[Tensor, Tensor]:

@@ -34,17 +34,10 @@ def backward(
     located_BQC = located(queries_BQC, query_position_BQC)
     projected_BQD = F.linear(located_BQC, weights.query_weight_DC, weights.query_bias_D)
     prototypes_BQD = F.linear(rows_BQC, weights.key_weight_DC, weights.key_bias_D)
-    product_BQD = F.linear(projected_BQD * prototypes_BQD, weights.product_weight_DD, weights.product_bias_D)
-    norm_BQ1 = torch.linalg.vector_norm(product_BQD, dim=-1, keepdim=True)
-    smallest = smallest_norm(norm_BQ1.dtype)
-    divisor_BQ1 = norm_BQ1.clamp(min=smallest)
-    unit_BQD = product_BQD / divisor_BQ1
-
     of_reweighted_BQD = gradient_BQC @ weights.out_weight_CD
-    of_unit_BQD = weights.alpha_D * of_reweighted_BQD
-    # a clamped norm is a constant
-    along_BQ1 = (of_unit_BQD * unit_BQD).sum(-1, keepdim=True).masked_fill(norm_BQ1 < smallest, 0.0)
-    of_product_BQD = (of_unit_BQD - unit_BQD * along_BQ1) / divisor_BQ1
+    unit_BQD, of_product_BQD = through_norm(
+        F.linear(projected_BQD * prototypes_BQD, weights.product_weight_DD, weights.product_bias_D), weights.alpha_D * of_reweighted_BQD
+    )
     of_pairs_BQD = of_product_BQD @ weights.product_weight_DD
     of_prototypes_BQD = of_reweighted_BQD + of_pairs_BQD * projected_BQD
     of_projected_BQD = of_pairs_BQD * prototypes_BQD
@@ -80,6 +73,17 @@ def backward(
         out_bias_C=gradient_BQC.sum((0, 1)),
     )
     return of_features_BPC, of_located_BQC, of_scale, of_weights
+
+
+def through_norm(product_BQD: Tensor, of_unit_BQD: Tensor) -> tuple[Tensor, Tensor]:
+    """A product over its norm, and the gradient of the product."""
+    norm_BQ1 = torch.linalg.vector_norm(product_BQD, dim=-1, keepdim=True)
+    smallest = smallest_norm(norm_BQ1.dtype)
+    divisor_BQ1 = norm_BQ1.clamp(min=smallest)
+    unit_BQD = product_BQD / divisor_BQ1
+    # a clamped norm is a constant
+    along_BQ1 = (of_unit_BQD * unit_BQD).sum(-1, keepdim=True).masked_fill(norm_BQ1 < smallest, 0.0)
+    return unit_BQD, (of_unit_BQD - unit_BQD * along_BQ1) / divisor_BQ1
 
 
 def outer(gradient_BQO: Tensor, inputs_BQI: Tensor) -> Tensor:
