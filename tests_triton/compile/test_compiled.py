@@ -48,6 +48,7 @@ def test_every_branch_is_among_them(architecture: int) -> None:
         assert reached[kernel, "HEADS"] == {1, 8}
         # the interpreter alone needs it
         assert reached[kernel, "UPCAST"] == {False}
+    assert reached["_deformable_attention_fwd_kernel", "FROM_OFFSETS"] == {True, False}
     assert reached["_select_prototypes_fwd_kernel", "K"] == {1, 2, 4, 8, 16}
     assert reached["_pool_prototypes_fwd_kernel", "SOFT"] == reached["_merge_sums_kernel", "SOFT"] == {True, False}
 
