@@ -56,6 +56,7 @@ def test_every_branch_is_among_them(architecture: int) -> None:
     # an A100 holds no rows of 256 channels beside its tiles
     assert reached["_emca_attention_fwd_kernel", "FOLD_ON_CHIP"] == {True, False}
     assert reached["_emca_attention_merge_kernel", "PROJECTED_RESIDUAL"] == {True, False}
+    assert reached["_deformable_attention_fwd_kernel", "FROM_OFFSETS"] == {True, False}
     assert reached["_select_prototypes_fwd_kernel", "K"] == {1, 2, 4, 8, 16}
     assert reached["_pool_prototypes_fwd_kernel", "SOFT"] == reached["_merge_sums_kernel", "SOFT"] == {True, False}
 

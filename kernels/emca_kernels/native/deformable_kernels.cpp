@@ -215,7 +215,8 @@ void attend_backward_as(const Sampling& sampling, int64_t queries, int head, int
         products[corner] = room.inside[corner][i] * product;
       }
       const float right = room.fraction_x[i], lower = room.fraction_y[i], left = 1 - right, upper = 1 - lower;
-      gradients.of_weights[sample] = upper * (left * products[0] + right * products[1]) + lower * (left * products[2] + right * products[3]);
+      const float above = left * products[0] + right * products[1], below = left * products[2] + right * products[3];
+      gradients.of_weights[sample] = upper * above + lower * below;
       const float across = upper * (products[1] - products[0]) + lower * (products[3] - products[2]);
       const float down = left * (products[2] - products[0]) + right * (products[3] - products[1]);
       gradients.of_locations[2 * sample] = room.weights[i] * float(size.columns) * across;

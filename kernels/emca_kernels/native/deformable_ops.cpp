@@ -80,10 +80,11 @@ Tensor deformable_attention(Tensor value, std::vector<int64_t> sizes, Tensor pla
   return result;
 }
 
-// float32 gradients of value [B, P, M, d], locations and weights, from that of the result, float32 [B, Q, M, d]. A level of a head of an image
-// is one thread's, from its first query to its last: threads do not change a bit.
-std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor gradient, Tensor value, std::vector<int64_t> sizes, Tensor locations,
-                                                                 Tensor weights) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// float32 gradients of value [B, P, M, d], locations and weights, from that of the result, float32 [B, Q, M, d]. A level of a head of an
+// image is one thread's, from its first query to its last: threads do not change a bit.
+Gradients deformable_attention_backward(Tensor gradient, Tensor value, std::vector<int64_t> sizes, Tensor locations, Tensor weights) {
   const std::optional<Tensor> none;
   const Call call(value, sizes, locations, weights, none);
   const int64_t pixels = value.size(1), levels = int64_t(call.levels.size()), width = call.heads * call.channels;
@@ -111,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor gradient
 STABLE_TORCH_LIBRARY_FRAGMENT(emca_native, library) {
   library.def("deformable_attention(Tensor value, int[] sizes, Tensor places, Tensor weights, Tensor? reference) -> Tensor");
   library.def(
-      "deformable_attention_backward(Tensor gradient, Tensor value, int[] sizes, Tensor locations, Tensor weights) -> (Tensor, Tensor, Tensor)");
+      "deformable_attention_backward(Tensor gradient, Tensor value, int[] sizes, Tensor locations, Tensor weights)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emca_native, CPU, library) {
