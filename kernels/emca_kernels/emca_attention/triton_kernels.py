@@ -553,10 +553,9 @@ def plan(
     # products of float32 parts, and sums of softmax, need the registers that the folded rows would fill
     fold_on_chip = streaming["RESIDENT"] and kind == "half" and chooses
     folded = queries_BQC if fold_on_chip or selection == "mean" else queries_BQC.new_empty((batch, count, width))
-    exact = {"dtype": torch.float32}
     keys = queries_BQC.new_empty((batch, count, splits), dtype=torch.int64) if chooses else queries_BQC
-    sums = queries_BQC if chooses else queries_BQC.new_empty((splits, batch, count, width), **exact)
-    statistics = queries_BQC if chooses else queries_BQC.new_empty((splits, 3, batch, count), **exact)
+    sums = queries_BQC if chooses else queries_BQC.new_empty((splits, batch, count, width), dtype=torch.float32)
+    statistics = queries_BQC if chooses else queries_BQC.new_empty((splits, 3, batch, count), dtype=torch.float32)
     shared: dict[str, Any] = {
         "projected": projected,
         "keys": keys,

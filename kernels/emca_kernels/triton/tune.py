@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             print(operator, *key, flush=True)
             given, keywords = arguments_of(operator, key, device)
-            times = try_all(operator, key, present, on_device, lambda call=implementation, a=given, k=keywords: call(*a, **k))
+            times = try_all(operator, key, present, on_device, partial(implementation, *given, **keywords))
             tables()[operator][key] = fastest(times, present)
             print(f"  chosen: {tables()[operator][key]}", flush=True)
     if options.write:
