@@ -253,7 +253,7 @@ def _score_strips(predictions: Predictions) -> Iterator[Tensor]:
 
 def _class_scores(masks_BhWQ: Tensor, probability_BKQ: Tensor) -> Tensor:
     """Sum over queries, [B, h, W, classes]."""
-    product = F.linear if onednn.refuses(masks_BhWQ) or torch.compiler.is_compiling() else onednn.linear
+    product = F.linear if onednn.refuses(masks_BhWQ) else onednn.linear
     return torch.stack([product(masks_hWQ, weight_KQ) for masks_hWQ, weight_KQ in zip(masks_BhWQ, probability_BKQ, strict=True)])
 
 

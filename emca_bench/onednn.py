@@ -15,7 +15,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def refuses(tensor: Tensor) -> str | None:
-    """Why a tensor of this device and dtype cannot be served, or None."""
+    """Why a tensor of this device and dtype cannot be served here, or None."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a compiler or tracer wants standard operators"
     if tensor.device.type != "cpu":
         return f"oneDNN serves the CPU, found {tensor.device.type}"
     if tensor.dtype not in DTYPES:

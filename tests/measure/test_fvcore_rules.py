@@ -48,7 +48,7 @@ def trace(attention: str, params: dict[str, Any]) -> Any:
 def as_grid_samples(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """What fvcore says of `grid_sample`, four a sampled number, for the operator in its place: an output is a sum of L * N samples."""
     logits = inputs[4].type().sizes()
-    return Counter(grid_sampler=4 * math.prod(outputs[0].type().sizes()) * math.prod(logits[3:]))
+    return Counter(samples=4 * math.prod(outputs[0].type().sizes()) * math.prod(logits[3:]))
 
 
 def untraced_class_heads(params: dict[str, Any], layers: int, queries: int, width: int) -> int:
@@ -82,7 +82,7 @@ def test_the_rules_are_fvcore_s_operator_by_operator(model: str, attention: str,
     total = rules["macs"] - untraced_class_heads(params, layers, QUERIES, WIDTH)
     assert total == pytest.approx(fvcore.total(), rel=1e-5)
     named = {"batch_norm": "native_batch_norm", "layer_norm": "native_layer_norm", "group_norm": "native_group_norm"}
-    named |= {"upsample_bilinear2d": "upsample_bilinear2d"}
+    named |= {"grid_sampler": "grid_sampler_2d", "upsample_bilinear2d": "upsample_bilinear2d"}
     counted = fvcore.by_operator()
     assert rules["added"] == {ours: counted[theirs] for theirs, ours in named.items() if counted[theirs]}
     unsupported = fvcore.unsupported_ops()

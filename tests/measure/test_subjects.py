@@ -41,6 +41,22 @@ def test_decoder_is_measured_on_what_the_pixel_decoder_hands_over():
     assert torch.equal(decoder.mask_logits, model.mask_logits)
 
 
+@pytest.mark.parametrize("scope", ["decoder", "model", "end_to_end"])
+def test_the_optimized_runtime_has_the_weights_of_the_eager_one(scope: str):
+    eager, faster = (
+        build_subject(arm("none"), {**MODEL, "scope": scope, "runtime": runtime}, seed=5).call() for runtime in ("eager", "optimized")
+    )
+    if scope == "end_to_end":
+        assert (eager == faster).double().mean() >= 0.999
+    else:
+        assert torch.allclose(eager.mask_logits, faster.mask_logits, atol=1e-4 * float(eager.mask_logits.abs().max()))
+
+
+def test_a_runtime_without_a_decoder_of_its_own_is_impossible():
+    with pytest.raises(ImpossibleError, match="runtime transformers has no mask decoder"):
+        build_subject(arm("masked"), {**MODEL, "model": "mask2former_r50", "scope": "decoder", "runtime": "transformers"}, seed=0)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_dtypes_reach_weights_and_inputs(dtype: str):
     assert build_subject(arm("emca_soft"), {**ATTENTION, "dtype": dtype}, seed=0).call().dtype == getattr(torch, dtype)

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emca_bench.models.position import sine_position
+from emca_bench.models.position import sine_position, sine_position_like
 
 
 def formula(row: int, column: int, shape: tuple[int, int], width: int) -> list[float]:
@@ -43,3 +44,23 @@ def test_the_first_half_is_for_rows_and_the_second_for_columns() -> None:
 def test_an_odd_width_is_an_error() -> None:
     with pytest.raises(ValueError, match="width=6 of a sine position embedding must be a multiple of 4"):
         sine_position((3, 7), 6)
+
+
+def test_kept_positions_serve_training_after_inference_and_follow_device_and_dtype() -> None:
+    shape = (3, 5)
+    with torch.inference_mode():
+        first = sine_position_like(shape, torch.empty(1, 15, 8))
+    assert not first.is_inference()
+    assert sine_position_like(shape, torch.empty(1, 15, 8)) is first
+    assert sine_position_like(shape, torch.empty(1, 15, 8, dtype=torch.float64)).dtype == torch.float64
+    assert sine_position_like(shape, torch.empty(1, 15, 8, device="meta")).is_meta
+    torch.testing.assert_close(first, sine_position(shape, 8))
+    weight = torch.randn(8, requires_grad=True)
+    (first * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, first.sum(0))
+
+
+def test_fake_tensors_are_not_kept() -> None:
+    with FakeTensorMode():
+        assert type(sine_position_like((7, 3), torch.empty(1, 21, 8))) is not torch.Tensor
+    assert type(sine_position_like((7, 3), torch.empty(1, 21, 8))) is torch.Tensor
