@@ -103,7 +103,7 @@ def _backward(gradient: Tensor, rows: Tensor, kept: Tensor, *arguments: Any) -> 
         selection=selection,
         residual=residual,
     )
-    return (*of_inputs, *of_parameters, features.new_empty(()) if of_scale is None else of_scale)
+    return (*of_inputs, *of_parameters, features.new_zeros(()) if of_scale is None else of_scale)
 
 
 def _backward_fake(gradient: Tensor, rows: Tensor, kept: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -56,5 +56,5 @@ def backward(
             of_queries_BMQd += of_scores_BMQp @ rows_BMpd
         of_features_BPC[:, tile] = of_rows_BMpd.transpose(1, 2).flatten(2)
     if queries_BQC is None:
-        return of_features_BPC, of_features_BPC.new_empty(())
+        return of_features_BPC, of_features_BPC.new_zeros(())
     return of_features_BPC, of_queries_BMQd.transpose(1, 2).flatten(2).to(queries_BQC.dtype)
