@@ -110,7 +110,7 @@ def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
         sampler=range(start, len(steps)),
         num_workers=workers,
         prefetch_factor=PREFETCHED,
-        # forking a process that has started threads of torch may hang it
-        multiprocessing_context="forkserver",
+        # a fork of a process with threads of torch may hang; a child of a fork server would outlive a parent that is killed
+        multiprocessing_context="spawn",
     )
     return iter(loader)
