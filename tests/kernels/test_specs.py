@@ -89,8 +89,7 @@ def test_flops_of_the_layer_are_those_that_torch_counts() -> None:
     """The sum over queries that share a pixel is what an implementation does beyond the specification."""
     sizes = Sizes(batch=2, pixels=37, queries=5, width=8)
     given = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in tensors(sizes, torch.float32).items()}
-    shapes = [array.shape for name, array in EMCA_ATTENTION.arguments(sizes).items() if name not in given]
-    parameters = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    parameters = [torch.randn(array.shape, requires_grad=True) for array in EMCA_ATTENTION.parameters(sizes).values()]
     with FlopCounterMode(display=False) as counter:
         attended = emca_attention(*given.values(), Projections(*parameters))
         assert counter.get_total_flops() == EMCA_ATTENTION.flops(sizes, FORWARD)
