@@ -96,7 +96,7 @@ def test_truth_as_prediction_scores_100_on_cityscapes(cityscapes_cfg: CfgNode, r
     found = scored(cityscapes_cfg, "cityscapes_fine_panoptic_val", results("cityscapes_fine_panoptic_val"))
     assert found["sem_seg"]["IoU"] == pytest.approx(100)
     assert found["panoptic_seg"]["PQ"] == 100
-    assert found["segm"]["AP"] == found["segm"]["AP50"] == pytest.approx(100)
+    assert (found["segm"]["AP"], found["segm"]["AP50"]) == pytest.approx((100, 100))
 
 
 def test_our_metrics_agree_on_ade20k(ade20k_cfg: CfgNode, results: Callable[..., list[Any]], seed: int):
