@@ -18,7 +18,7 @@ from emca_kernels.registration import reference_decompositions
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from emca_bench.deploy.optimize import rewrite
+from emca_bench.deploy.optimized import rewrite
 from emca_bench.errors import UsageError
 from emca_bench.models.mask2former import Mask2Former
 
