@@ -151,7 +151,7 @@ def flops(session: nox.Session) -> None:
 @nox.session
 def fps(session: nox.Session) -> None:
     """Frames per second of the decoder and of images to label maps, small and large images and batches."""
-    run_study(session, "speed")
+    run_study(session, "fps")
 
 
 @nox.session
