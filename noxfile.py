@@ -150,7 +150,7 @@ def flops(session: nox.Session) -> None:
 
 @nox.session
 def fps(session: nox.Session) -> None:
-    """Frames per second of the decoder and of images to label maps, small and large images and batches."""
+    """Frames per second of the decoder and of images to label maps; `-- fps_large` at 1024x2048, `-- speed` for a whole report."""
     run_study(session, "fps")
 
 
