@@ -44,12 +44,14 @@ def test_its_gradients_are_those_of_the_reference(selection: str) -> None:
     features, queries, projections = inputs()
     allowed = torch.rand(2, 15, 130) < 0.3
     gradients = []
-    for backend in ("composed", "reference") if library.unavailable() is None else ("reference", "reference"):
-        leaves = [tensor.clone().requires_grad_() for tensor in (features, queries, *projections)]
+    served = "composed" if library.unavailable() is None else "reference"
+    for backend, dtype in ((served, torch.float32), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in (features, queries, *projections)]
         updated = emca_attention(leaves[0], leaves[1], allowed, Projections(*leaves[2:]), selection=selection, backend=backend)
         gradients.append(torch.autograd.grad(updated.square().sum(), leaves, allow_unused=True))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    for found, truth in zip(*gradients, strict=True):
+        # by norm: single elements of a gradient cancel, and keep few digits in float32
+        assert (found - truth).norm() <= 1e-4 * truth.norm()
 
 
 def test_composing_the_references_own_parts_is_no_backend() -> None:
