@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emca_bench.models.matcher import Match, Segments, match_segments
-from emca_bench.models.point_sampling import sample_points, uncertain_points
+from emca_bench.models.point_sampling import sample_masks, sample_points, uncertain_points
 from emca_bench.models.predictions import MASK_STRIDE, Predictions
 
 
@@ -101,10 +101,9 @@ class Criterion(nn.Module):
     ) -> dict[str, Tensor]:
         logits_Nhw = torch.cat([masks[match.queries] for masks, match in zip(predictions.mask_logits, matches, strict=True)])
         true_NHW = torch.cat([target.masks[match.segments] for target, match in zip(targets, matches, strict=True)])
-        logits_N1hw, true_N1HW = logits_Nhw[:, None], true_NHW[:, None].to(logits_Nhw)
+        logits_N1hw = logits_Nhw[:, None]
         at = uncertain_points(logits_N1hw.detach(), points=self.points, oversampling=self.oversampling, importance=self.importance)
-        with torch.no_grad():
-            true_NS = sample_points(true_N1HW, at)[:, 0]
+        true_NS = sample_masks(true_NHW, at)
         logits_NS = sample_points(logits_N1hw, at)[:, 0]
         cross_entropy = F.binary_cross_entropy_with_logits(logits_NS, true_NS, reduction="none").mean(1).sum() / segments
         probability = logits_NS.sigmoid()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from emca_bench.models.point_sampling import sample_points
+from emca_bench.models.point_sampling import sample_masks, sample_points
 from emca_bench.models.predictions import Predictions
 
 
@@ -54,7 +54,7 @@ def match_segments(
     for class_logits_QK, mask_logits_Qhw, target in zip(predictions.class_logits, predictions.mask_logits, targets, strict=True):
         at = torch.rand(1, points, 2, device=mask_logits_Qhw.device, dtype=mask_logits_Qhw.dtype)
         predicted_QS = sample_points(mask_logits_Qhw[None], at)[0]
-        true_TS = sample_points(target.masks[None].to(predicted_QS), at)[0]
+        true_TS = sample_masks(target.masks, at)
         cost_QT = (
             mask_weight * _pairwise_cross_entropy(predicted_QS, true_TS)
             - class_weight * class_logits_QK.softmax(-1)[:, target.labels]

@@ -44,6 +44,7 @@ def cost(predictions: Predictions, image: int, query: int, truth: Truth, segment
 def every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are compared at every pixel instead of at random points."""
     monkeypatch.setattr(matcher, "sample_points", lambda maps, at: maps.flatten(2))
+    monkeypatch.setattr(matcher, "sample_masks", lambda masks, at: masks.flatten(1).to(at))
 
 
 @pytest.mark.usefixtures("every_pixel")
