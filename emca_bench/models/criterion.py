@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emca_bench.models.mask_logits import at_least_float32, logits_of
 from emca_bench.models.matcher import Match, Segments, match_segments
-from emca_bench.models.point_sampling import sample_masks, sample_points, uncertain_points
+from emca_bench.models.point_sampling import PackedMasks, sample_points, uncertain_points
 from emca_bench.models.predictions import MASK_STRIDE, Predictions
 
 
@@ -52,16 +53,19 @@ class Criterion(nn.Module):
         """Unweighted losses, the last prediction's under `loss_ce`, `loss_mask`, `loss_dice`, earlier ones with `_0`, `_1`, ...
 
         Half-precision predictions are compared in float32. Ignored pixels are background of every mask, as in the published loss.
+        Random numbers are drawn in the order of the published code; what is drawn decides all the rest, so that the losses of all
+        predictions are computed together.
 
         Raises:
             ValueError: masks of another size than the padded input that the predictions cover.
         """
         _check_sizes(predictions, targets)
-        segments = _segments_per_process(targets, predictions.mask_logits.device)
-        losses = self._losses(predictions, targets, segments)
-        for index, earlier in enumerate(predictions.auxiliary):
-            losses |= {f"{name}_{index}": loss for name, loss in self._losses(earlier, targets, segments).items()}
-        return losses
+        every = (predictions, *predictions.auxiliary)
+        packed = [PackedMasks(target.masks) for target in targets]
+        chosen = [self._choose(each, targets, packed) for each in every]
+        by_name = {"loss_ce": self._class_losses(every, targets, chosen), **self._mask_losses(every, targets, packed, chosen)}
+        suffixes = ("", *(f"_{index}" for index in range(len(predictions.auxiliary))))
+        return {f"{name}{suffix}": losses[index] for index, suffix in enumerate(suffixes) for name, losses in by_name.items()}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum that is minimised."""
@@ -71,8 +75,8 @@ class Criterion(nn.Module):
         """Each loss times its weight, under the same names."""
         return {name: self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()}
 
-    def _losses(self, predictions: Predictions, targets: Sequence[Segments], segments: float) -> dict[str, Tensor]:
-        predictions = _at_least_float32(predictions)
+    @torch.no_grad()
+    def _choose(self, predictions: Predictions, targets: Sequence[Segments], packed: Sequence[PackedMasks]) -> _Chosen:
         matches = match_segments(
             predictions,
             targets,
@@ -80,36 +84,59 @@ class Criterion(nn.Module):
             class_weight=self.weights["loss_ce"],
             mask_weight=self.weights["loss_mask"],
             dice_weight=self.weights["loss_dice"],
+            packed=packed,
         )
-        return {
-            "loss_ce": self._class_loss(predictions.class_logits, targets, matches),
-            **self._mask_losses(predictions, targets, matches, segments),
-        }
+        device = predictions.class_logits.device
+        matches = [Match(match.queries.to(device), match.segments.to(device)) for match in matches]
+        logits_Nhw = torch.cat([logits_of([predictions.masks], image, [match.queries]) for image, match in enumerate(matches)])
+        points_NS2 = uncertain_points(logits_Nhw[:, None], points=self.points, oversampling=self.oversampling, importance=self.importance)
+        return _Chosen(matches, points_NS2.split([len(match.queries) for match in matches]))
 
-    def _class_loss(self, class_logits_BQK: Tensor, targets: Sequence[Segments], matches: list[Match]) -> Tensor:
-        no_object = class_logits_BQK.shape[-1] - 1
-        wanted_BQ = torch.full(class_logits_BQK.shape[:2], no_object, dtype=torch.int64, device=class_logits_BQK.device)
-        for row, target, match in zip(wanted_BQ, targets, matches, strict=True):
-            row[match.queries.to(row.device)] = target.labels[match.segments.to(target.labels.device)]
-        weight = self.empty_weight.to(class_logits_BQK.dtype)
-        total = F.cross_entropy(class_logits_BQK.mT, wanted_BQ, weight, reduction="sum")
+    def _class_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[_Chosen]) -> Tensor:
+        """Of each prediction, [L]."""
+        logits_LBQK = torch.stack([at_least_float32(predictions.class_logits) for predictions in every])
+        no_object = logits_LBQK.shape[-1] - 1
+        wanted_LBQ = torch.full(logits_LBQK.shape[:-1], no_object, device=logits_LBQK.device)
+        for wanted_BQ, (matches, _) in zip(wanted_LBQ, chosen, strict=True):
+            for wanted_Q, target, match in zip(wanted_BQ, targets, matches, strict=True):
+                wanted_Q[match.queries] = target.labels[match.segments]
+        weight = self.empty_weight.to(logits_LBQK.dtype)
+        losses = F.cross_entropy(logits_LBQK.flatten(0, 2), wanted_LBQ.flatten(), weight, reduction="none")
         # the mean over the joint batch, so that a run does not depend on the number of its processes
-        return total / _mean_over_processes(weight[wanted_BQ].sum())
+        return losses.view(len(every), -1).sum(1) / _mean_over_processes(weight[wanted_LBQ].flatten(1).sum(1))
 
     def _mask_losses(
-        self, predictions: Predictions, targets: Sequence[Segments], matches: list[Match], segments: float
+        self, every: Sequence[Predictions], targets: Sequence[Segments], packed: Sequence[PackedMasks], chosen: Sequence[_Chosen]
     ) -> dict[str, Tensor]:
-        logits_Nhw = torch.cat([masks[match.queries] for masks, match in zip(predictions.mask_logits, matches, strict=True)])
-        true_NHW = torch.cat([target.masks[match.segments] for target, match in zip(targets, matches, strict=True)])
-        logits_N1hw = logits_Nhw[:, None]
-        at = uncertain_points(logits_N1hw.detach(), points=self.points, oversampling=self.oversampling, importance=self.importance)
-        true_NS = sample_masks(true_NHW, at)
-        logits_NS = sample_points(logits_N1hw, at)[:, 0]
-        cross_entropy = F.binary_cross_entropy_with_logits(logits_NS, true_NS, reduction="none").mean(1).sum() / segments
-        probability = logits_NS.sigmoid()
-        overlap = 2 * (probability * true_NS).sum(-1)
-        dice = (1 - (overlap + 1) / (probability.sum(-1) + true_NS.sum(-1) + 1)).sum() / segments
-        return {"loss_mask": cross_entropy, "loss_dice": dice}
+        """Of each prediction, [L]."""
+        sums_L: dict[str, Tensor] = {}
+        masks = [predictions.masks for predictions in every]
+        for image, truth in enumerate(packed):
+            matches = [each.matches[image] for each in chosen]
+            # N: matched pairs of all predictions, prediction by prediction, as many in each
+            points_NS2 = torch.cat([each.points_NS2[image] for each in chosen])
+            true_NS = truth.at(points_NS2, torch.cat([match.segments for match in matches]))
+            logits_Nhw = logits_of(masks, image, [match.queries for match in matches])
+            logits_NS = sample_points(logits_Nhw[:, None], points_NS2)[:, 0]
+            for name, losses_N in zip(("loss_mask", "loss_dice"), _losses_at_points(logits_NS, true_NS), strict=True):
+                sums_L[name] = sums_L.get(name, 0) + losses_N.view(len(every), -1).sum(1)
+        segments = _segments_per_process(targets, points_NS2.device)
+        return {name: losses_L / segments for name, losses_L in sums_L.items()}
+
+
+class _Chosen(NamedTuple):
+    """What a prediction is held against, per image: matched pairs, and points [N, S, 2] for each of them."""
+
+    matches: list[Match]
+    points_NS2: Sequence[Tensor]
+
+
+def _losses_at_points(logits_NS: Tensor, true_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy and dice of each mask, [N] both."""
+    cross_entropy_N = F.binary_cross_entropy_with_logits(logits_NS, true_NS, reduction="none").mean(1)
+    probability_NS = logits_NS.sigmoid()
+    overlap_N = 2 * (probability_NS * true_NS).sum(-1)
+    return cross_entropy_N, 1 - (overlap_N + 1) / (probability_NS.sum(-1) + true_NS.sum(-1) + 1)
 
 
 def _segments_per_process(targets: Sequence[Segments], device: torch.device) -> float:
@@ -126,15 +153,9 @@ def _mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def _at_least_float32(predictions: Predictions) -> Predictions:
-    if predictions.mask_logits.dtype not in (torch.float16, torch.bfloat16):
-        return predictions
-    return replace(predictions, class_logits=predictions.class_logits.float(), mask_logits=predictions.mask_logits.float())
-
-
 def _check_sizes(predictions: Predictions, targets: Sequence[Segments]) -> None:
     """Points are relative to the map, so that masks of an unpadded size would misalign silently."""
-    expected = tuple(MASK_STRIDE * int(size) for size in predictions.mask_logits.shape[-2:])
+    expected = tuple(MASK_STRIDE * int(size) for size in predictions.masks.shape[-2:])
     for index, target in enumerate(targets):
         if tuple(target.masks.shape[-2:]) != expected:
             found = list(target.masks.shape)

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from emca_kernels.autocast import autocast_dtype
 from torch import Tensor, nn
 
 from emca_bench.errors import UsageError, did_you_mean
 from emca_bench.models.attention import CrossAttention
+from emca_bench.models.mask_logits import MaskProduct, Masks
 from emca_bench.models.pixel_decoders.layers import upsample_to
 from emca_bench.models.position import sine_position_like
 from emca_bench.models.predictions import Predictions
@@ -146,7 +148,7 @@ class MaskDecoder(nn.Module):
         pyramid_channels: of the levels; None: C. Others are projected to C first.
         mask_source: where attention masks come from. "logits": mask logits at stride 4, resized, as published. "features": mask
             features resized once a level (exact rewrite R2); masks at stride 4 and classes are then computed only where they are
-            returned (R5).
+            returned (R5), and with auxiliary predictions, for losses, only where they are read.
     """
 
     def __init__(
@@ -204,11 +206,19 @@ class MaskDecoder(nn.Module):
         if self.input_proj:
             pyramid = [projection(features) for projection, features in zip(self.input_proj, pyramid, strict=True)]
         levels = [self._level(features, embed) for features, embed in zip(pyramid, self.level_embed.weight, strict=True)]
-        resized = [upsample_to(mask_features, features).flatten(2).mT for features in pyramid] if self.mask_source == "features" else None
+        resized = (
+            [upsample_to(mask_features.detach(), features).flatten(2).mT for features in pyramid]
+            if self.mask_source == "features"
+            else None
+        )
         batch = mask_features.shape[0]
         queries = self.query_feat.weight.expand(batch, -1, -1)
         query_pos = self.query_embed.weight.expand(batch, -1, -1)
 
+        lazy = auxiliary and resized is not None
+        if lazy:
+            # once: under autocast the product would cast them at each call
+            mask_features = mask_features.to(autocast_dtype(mask_features) or mask_features.dtype)
         earlier = []
         for index, (cross, among, ffn) in enumerate(
             zip(
@@ -219,20 +229,20 @@ class MaskDecoder(nn.Module):
             )
         ):
             level = levels[index % len(levels)]
-            prediction = None
-            if auxiliary or resized is None:
-                prediction = self._predict(queries, mask_features, image_size)
-            if auxiliary and prediction is not None:
-                earlier.append(prediction)
-            if resized is None:
-                assert prediction is not None
-                allowed = self._allowed_from_logits(prediction.mask_logits, level.shape)
+            normed, embedding = self._embed(queries)
+            masks = self._masks(embedding, mask_features, lazy=lazy) if auxiliary or resized is None else None
+            if auxiliary and masks is not None:
+                earlier.append(Predictions(self.class_embed(normed), masks, image_size))
+            if resized is not None:
+                allowed = self._allowed_from_features(embedding, resized[index % len(levels)])
             else:
-                allowed = self._allowed_from_features(queries, resized[index % len(levels)])
+                assert isinstance(masks, Tensor)
+                allowed = self._allowed_from_logits(masks, level.shape)
             queries = cross(queries, query_pos, level.features_BPC, level.position_PC, allowed, shape=level.shape)
             queries = ffn(among(queries, query_pos))
-        last = self._predict(queries, mask_features, image_size)
-        return Predictions(last.class_logits, last.mask_logits, image_size, tuple(earlier) if auxiliary else ())
+        normed, embedding = self._embed(queries)
+        masks = self._masks(embedding, mask_features, lazy=lazy)
+        return Predictions(self.class_embed(normed), masks, image_size, tuple(earlier))
 
     def _level(self, features: Tensor, embed_C: Tensor) -> Level:
         shape = (int(features.shape[-2]), int(features.shape[-1]))
@@ -240,10 +250,16 @@ class MaskDecoder(nn.Module):
         features_BPC = (features.flatten(2).mT + embed_C).contiguous()
         return Level(features_BPC, sine_position_like(shape, features_BPC), shape)
 
-    def _predict(self, queries: Tensor, mask_features: Tensor, image_size: tuple[int, int]) -> Predictions:
+    def _embed(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """What classes are read from, and mask embeddings."""
         normed = self.decoder_norm(queries)
-        logits_BQP = self._mask_logits(self.mask_embed(normed), mask_features.flatten(2).mT)
-        return Predictions(self.class_embed(normed), logits_BQP.unflatten(-1, mask_features.shape[-2:]), image_size)
+        return normed, self.mask_embed(normed)
+
+    def _masks(self, embedding_BQE: Tensor, mask_features: Tensor, *, lazy: bool) -> Masks:
+        if lazy and embedding_BQE.shape[-1] == mask_features.shape[1]:
+            return MaskProduct(embedding_BQE, mask_features)
+        logits_BQP = self._mask_logits(embedding_BQE, mask_features.flatten(2).mT)
+        return logits_BQP.unflatten(-1, mask_features.shape[-2:])
 
     def _mask_logits(self, embedding_BQE: Tensor, features_BPE: Tensor) -> Tensor:
         """Products [B, Q, P]; an embedding that is one number longer than the features ends with what is added to them."""
@@ -262,5 +278,5 @@ class MaskDecoder(nn.Module):
         return resized.flatten(2).sigmoid() >= 0.5
 
     @torch.no_grad()
-    def _allowed_from_features(self, queries: Tensor, resized_BPE: Tensor) -> Tensor:
-        return self._mask_logits(self.mask_embed(self.decoder_norm(queries)), resized_BPE) >= 0
+    def _allowed_from_features(self, embedding_BQE: Tensor, resized_BPE: Tensor) -> Tensor:
+        return self._mask_logits(embedding_BQE, resized_BPE) >= 0

@@ -13,27 +13,41 @@ def sample_points(maps_NChw: Tensor, points_NS2: Tensor) -> Tensor:
     return F.grid_sample(maps_NChw, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
 
 
-def sample_masks(masks_NHW: Tensor, points_NS2: Tensor) -> Tensor:
-    """As `sample_points`, of boolean masks, reading only the pixels beside the points: masks are large and points are few.
+class PackedMasks:
+    """Boolean masks to be sampled at points, which are few where masks are large: the four pixels around each place are bits of one byte.
 
     Args:
         masks_NHW: bool [N, H, W].
-        points_NS2: (x, y) in 0..1, [N, S, 2], or [1, S, 2] for points that all masks share.
-
-    Returns:
-        [N, S] in 0..1, of the points' dtype.
     """
-    masks, height, width = masks_NHW.shape
-    pixels = masks_NHW.flatten(1)
-    x, y = (points_NS2 * points_NS2.new_tensor([width, height]) - 0.5).unbind(-1)
-    left, top = x.floor(), y.floor()
-    values_NS = points_NS2.new_zeros(masks, points_NS2.shape[1])
-    for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
-        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
-        at = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
-        values_NS += weight * (pixels[:, at[0]] if len(at) == 1 else pixels.gather(1, at))
-    return values_NS
+
+    def __init__(self, masks_NHW: Tensor) -> None:
+        # a border of zeros: what lies beyond the mask
+        padded = F.pad(masks_NHW.bool().view(torch.uint8), (1, 1, 1, 1))
+        beside = padded[..., :-1].add(padded[..., 1:], alpha=2)
+        self._corners_Nhw = beside[:, :-1].add(beside[:, 1:], alpha=4)
+
+    def __len__(self) -> int:
+        return len(self._corners_Nhw)
+
+    def at(self, points_NS2: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """As `sample_points`: bilinear values, zero beyond the border.
+
+        Args:
+            points_NS2: (x, y) in 0..1, [N, S, 2], or [1, S, 2] for points that all masks share.
+            chosen: int64 [N], the masks that are sampled; None: all.
+
+        Returns:
+            [N, S] in 0..1, of the points' dtype.
+        """
+        masks, places_down, places_along = self._corners_Nhw.shape
+        if chosen is None:
+            chosen = torch.arange(masks, device=points_NS2.device)
+        x, y = (points_NS2[..., axis] * (places - 1) - 0.5 for axis, places in enumerate((places_along, places_down)))
+        left, top = x.floor(), y.floor()
+        place_NS = (top.long() + 1) * places_along + left.long() + 1 + chosen[:, None] * (places_down * places_along)
+        corners_NS = self._corners_Nhw.view(-1).index_select(0, place_NS.view(-1)).view(place_NS.shape)
+        here, right, below, across = ((corners_NS >> bit & 1).to(points_NS2.dtype) for bit in range(4))
+        return here.lerp(right, x - left).lerp(below.lerp(across, x - left), y - top)
 
 
 @torch.no_grad()

@@ -100,9 +100,9 @@ def predict(hf: Any, ours: Mask2Former, images: Tensor) -> Pair:
     return Pair(hf, ours, images, ours(images), [*wanted, (theirs.class_queries_logits, theirs.masks_queries_logits)])
 
 
-def compared(make_hf: Callable[..., Any], backbone: str, batch: int = 2, **settings: Any) -> Pair:
+def compared(make_hf: Callable[..., Any], backbone: str, batch: int = 2, mask_source: str = "logits", **settings: Any) -> Pair:
     hf = make_hf(backbone, **settings)
-    ours = from_transformers(hf, norm="batch")
+    ours = from_transformers(hf, norm="batch", mask_source=mask_source)
     for _ in range(DRAWS):
         pair = predict(hf, ours, 255 * torch.rand(batch, 3, *SIZES[backbone]))
         if not a_mask_differs(pair, SIZES[backbone]):
@@ -193,9 +193,10 @@ def test_tiny_models_agree(make_hf: Callable[..., Any], backbone: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("mask_source", ["logits", "features"])
 @pytest.mark.parametrize("backbone", ["resnet", "resnet_basic", "swin"])
-def test_in_float64_tiny_models_agree_to_rounding(make_hf: Callable[..., Any], backbone: str) -> None:
-    pair = compared(make_hf, backbone)
+def test_in_float64_tiny_models_agree_to_rounding(make_hf: Callable[..., Any], backbone: str, mask_source: str) -> None:
+    pair = compared(make_hf, backbone, mask_source=mask_source)
     assert pair.found.mask_logits.dtype == torch.float64
     check_outputs(pair, FLOAT64)
     check_losses_and_gradients(pair, FLOAT64)

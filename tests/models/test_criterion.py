@@ -206,17 +206,14 @@ def test_half_precision_predictions_are_compared_in_float32(dtype: torch.dtype) 
     Criterion(classes=CLASSES, points=POINTS).total(losses).backward()
 
 
-def test_sums_over_masks_are_divided_by_true_segments_matched_or_not():
+def test_sums_over_masks_are_divided_by_true_segments_matched_or_not(fix: Callable[[list[Match], Tensor], None]):
     """The published rule; it matters where an image has more segments than there are queries."""
     predictions, (truth,) = make_predictions(1), make_truths([2 * QUERIES])
-    loss = Criterion(classes=CLASSES, points=POINTS)
-    matches = [Match(torch.arange(QUERIES), torch.arange(QUERIES))]
-    torch.manual_seed(0)
-    per_pair = loss._mask_losses(predictions, [truth], matches, float(QUERIES))
-    torch.manual_seed(0)
-    found = loss._mask_losses(predictions, [truth], matches, criterion._segments_per_process([truth], torch.device("cpu")))
-    for name in found:
-        assert 2 * found[name].item() == pytest.approx(per_pair[name].item())
+    fix([Match(torch.arange(QUERIES), torch.arange(QUERIES))], torch.rand(QUERIES, POINTS, 2, dtype=torch.float64))
+    found = Criterion(classes=CLASSES)(predictions, [truth])
+    matched = Criterion(classes=CLASSES)(predictions, [Truth(truth.labels[:QUERIES], truth.masks[:QUERIES])])
+    for name in ("loss_mask", "loss_dice"):
+        assert 2 * found[name].item() == pytest.approx(matched[name].item())
 
 
 @pytest.mark.parametrize(("own", "others", "expected"), [(5, 3, 4.0), (0, 1, 1.0), (0, 0, 1.0)])

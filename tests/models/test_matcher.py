@@ -40,11 +40,19 @@ def cost(predictions: Predictions, image: int, query: int, truth: Truth, segment
     return float(-2 * share + 5 * entropy + 5 * dice)
 
 
+@dataclass
+class EveryPixel:
+    masks: Tensor
+
+    def at(self, points: Tensor) -> Tensor:
+        return self.masks.flatten(1).to(points)
+
+
 @pytest.fixture
 def every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are compared at every pixel instead of at random points."""
-    monkeypatch.setattr(matcher, "sample_points", lambda maps, at: maps.flatten(2))
-    monkeypatch.setattr(matcher, "sample_masks", lambda masks, at: masks.flatten(1).to(at))
+    monkeypatch.setattr(matcher, "values_at", lambda masks, image, at: masks[image].flatten(1))
+    monkeypatch.setattr(matcher, "PackedMasks", EveryPixel)
 
 
 @pytest.mark.usefixtures("every_pixel")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emca_bench.models.point_sampling import sample_masks, sample_points, uncertain_points
+from emca_bench.models.point_sampling import PackedMasks, sample_points, uncertain_points
 
 
 def test_pixel_centres_read_pixel_values() -> None:
@@ -45,12 +45,12 @@ def test_masks_are_sampled_as_maps_are(shape: tuple[int, int], shared: bool, see
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     points = torch.stack([torch.cat([torch.rand(40, 2), centres, corners]) for _ in range(1 if shared else 4)]).double()
     expected = sample_points(masks[:, None].double(), points.expand(4, -1, -1))[:, 0]
-    torch.testing.assert_close(sample_masks(masks, points), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(PackedMasks(masks).at(points), expected, rtol=0, atol=1e-12)
 
 
 def test_no_masks_give_no_samples() -> None:
-    assert sample_masks(torch.zeros(0, 4, 4, dtype=torch.bool), torch.rand(0, 9, 2)).shape == (0, 9)
-    assert sample_masks(torch.zeros(0, 4, 4, dtype=torch.bool), torch.rand(1, 9, 2)).shape == (0, 9)
+    assert PackedMasks(torch.zeros(0, 4, 4, dtype=torch.bool)).at(torch.rand(0, 9, 2)).shape == (0, 9)
+    assert PackedMasks(torch.zeros(0, 4, 4, dtype=torch.bool)).at(torch.rand(1, 9, 2)).shape == (0, 9)
 
 
 def test_the_important_share_lies_where_masks_are_least_certain() -> None:
