@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from emca_bench.models.mask_logits import at_least_float32, logits_of
 from emca_bench.models.matcher import Match, Segments, match_segments
-from emca_bench.models.point_sampling import PackedMasks, sample_points, uncertain_points
+from emca_bench.models.point_losses import losses_at_points
+from emca_bench.models.point_sampling import PackedMasks, uncertain_points
 from emca_bench.models.predictions import MASK_STRIDE, Predictions
 
 
@@ -63,7 +64,7 @@ class Criterion(nn.Module):
         every = (predictions, *predictions.auxiliary)
         packed = [PackedMasks(target.masks) for target in targets]
         chosen = [self._choose(each, targets, packed) for each in every]
-        by_name = {"loss_ce": self._class_losses(every, targets, chosen), **self._mask_losses(every, targets, packed, chosen)}
+        by_name = {"loss_ce": self._class_losses(every, targets, chosen), **self._mask_losses(every, targets, chosen)}
         suffixes = ("", *(f"_{index}" for index in range(len(predictions.auxiliary))))
         return {f"{name}{suffix}": losses[index] for index, suffix in enumerate(suffixes) for name, losses in by_name.items()}
 
@@ -90,14 +91,16 @@ class Criterion(nn.Module):
         matches = [Match(match.queries.to(device), match.segments.to(device)) for match in matches]
         logits_Nhw = torch.cat([logits_of([predictions.masks], image, [match.queries]) for image, match in enumerate(matches)])
         points_NS2 = uncertain_points(logits_Nhw[:, None], points=self.points, oversampling=self.oversampling, importance=self.importance)
-        return _Chosen(matches, points_NS2.split([len(match.queries) for match in matches]))
+        points = points_NS2.split([len(match.queries) for match in matches])
+        true = [masks.at(at, match.segments) for masks, at, match in zip(packed, points, matches, strict=True)]
+        return _Chosen(matches, points, true)
 
     def _class_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[_Chosen]) -> Tensor:
         """Of each prediction, [L]."""
         logits_LBQK = torch.stack([at_least_float32(predictions.class_logits) for predictions in every])
         no_object = logits_LBQK.shape[-1] - 1
         wanted_LBQ = torch.full(logits_LBQK.shape[:-1], no_object, device=logits_LBQK.device)
-        for wanted_BQ, (matches, _) in zip(wanted_LBQ, chosen, strict=True):
+        for wanted_BQ, (matches, *_) in zip(wanted_LBQ, chosen, strict=True):
             for wanted_Q, target, match in zip(wanted_BQ, targets, matches, strict=True):
                 wanted_Q[match.queries] = target.labels[match.segments]
         weight = self.empty_weight.to(logits_LBQK.dtype)
@@ -105,38 +108,29 @@ class Criterion(nn.Module):
         # the mean over the joint batch, so that a run does not depend on the number of its processes
         return losses.view(len(every), -1).sum(1) / _mean_over_processes(weight[wanted_LBQ].flatten(1).sum(1))
 
-    def _mask_losses(
-        self, every: Sequence[Predictions], targets: Sequence[Segments], packed: Sequence[PackedMasks], chosen: Sequence[_Chosen]
-    ) -> dict[str, Tensor]:
+    def _mask_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[_Chosen]) -> dict[str, Tensor]:
         """Of each prediction, [L]."""
-        sums_L: dict[str, Tensor] = {}
         masks = [predictions.masks for predictions in every]
-        for image, truth in enumerate(packed):
-            matches = [each.matches[image] for each in chosen]
-            # N: matched pairs of all predictions, prediction by prediction, as many in each
-            points_NS2 = torch.cat([each.points_NS2[image] for each in chosen])
-            true_NS = truth.at(points_NS2, torch.cat([match.segments for match in matches]))
-            logits_Nhw = logits_of(masks, image, [match.queries for match in matches])
-            logits_NS = sample_points(logits_Nhw[:, None], points_NS2)[:, 0]
-            for name, losses_N in zip(("loss_mask", "loss_dice"), _losses_at_points(logits_NS, true_NS), strict=True):
-                sums_L[name] = sums_L.get(name, 0) + losses_N.view(len(every), -1).sum(1)
-        segments = _segments_per_process(targets, points_NS2.device)
-        return {name: losses_L / segments for name, losses_L in sums_L.items()}
+        sums_L2 = []
+        for image in range(len(targets)):
+            queries = [matches[image].queries for matches, *_ in chosen]
+            # as many in each prediction
+            logits_Nhw = logits_of(masks, image, queries).split([len(each) for each in queries])
+            losses = [
+                losses_at_points(logits, points_NS2[image], true_NS[image])
+                for logits, (_, points_NS2, true_NS) in zip(logits_Nhw, chosen, strict=True)
+            ]
+            sums_L2.append(torch.stack([torch.stack(pair).sum(1) for pair in losses]))
+        cross_entropy_L, dice_L = (sum(sums_L2) / _segments_per_process(targets, sums_L2[0].device)).unbind(1)
+        return {"loss_mask": cross_entropy_L, "loss_dice": dice_L}
 
 
 class _Chosen(NamedTuple):
-    """What a prediction is held against, per image: matched pairs, and points [N, S, 2] for each of them."""
+    """What a prediction is held against, per image: matched pairs, points [N, S, 2] for each pair, and the true mask there [N, S]."""
 
-    matches: list[Match]
+    matches: Sequence[Match]
     points_NS2: Sequence[Tensor]
-
-
-def _losses_at_points(logits_NS: Tensor, true_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy and dice of each mask, [N] both."""
-    cross_entropy_N = F.binary_cross_entropy_with_logits(logits_NS, true_NS, reduction="none").mean(1)
-    probability_NS = logits_NS.sigmoid()
-    overlap_N = 2 * (probability_NS * true_NS).sum(-1)
-    return cross_entropy_N, 1 - (overlap_N + 1) / (probability_NS.sum(-1) + true_NS.sum(-1) + 1)
+    true_NS: Sequence[Tensor]
 
 
 def _segments_per_process(targets: Sequence[Segments], device: torch.device) -> float:

@@ -13,6 +13,18 @@ def sample_points(maps_NChw: Tensor, points_NS2: Tensor) -> Tensor:
     return F.grid_sample(maps_NChw, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
 
 
+def spread_points(values_NCS: Tensor, points_NS2: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [N, C, h, w] of a size with values [N, C, S] spread over the pixels around their points: the adjoint of `sample_points`."""
+    grid = 2 * points_NS2[:, :, None] - 1
+    # of the maps that were sampled the operator reads the shape
+    maps_NChw = values_NCS.new_empty(*values_NCS.shape[:2], *size)
+    bilinear, zeros = 0, 0
+    spread: Tensor = torch.ops.aten.grid_sampler_2d_backward(
+        values_NCS[..., None], maps_NChw, grid, bilinear, zeros, align_corners=False, output_mask=[True, False]
+    )[0]
+    return spread
+
+
 class PackedMasks:
     """Boolean masks to be sampled at points, which are few where masks are large: the four pixels around each place are bits of one byte.
 
