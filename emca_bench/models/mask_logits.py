@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from emca_bench import onednn
 from emca_bench.models.point_sampling import sample_points
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -52,8 +53,9 @@ Masks = Tensor | MaskProduct
 """Mask logits [B, Q, h, w], made or not."""
 
 
+@torch.no_grad()
 def values_at(masks: Masks, image: int, points_1S2: Tensor) -> Tensor:
-    """Bilinear values [Q, S] of all masks of an image at points that they share, at least float32; without gradients.
+    """Bilinear values [Q, S] of all masks of an image at points that they share, at least float32; for matching, without gradients.
 
     Args:
         masks: of a batch.
@@ -67,8 +69,7 @@ def values_at(masks: Masks, image: int, points_1S2: Tensor) -> Tensor:
     # sampled features or all logits, whichever are fewer numbers; halves are multiplied as halves, as the published model does
     if masks.dtype not in HALVES and width * points_1S2.shape[1] < queries * features_Chw[0].numel():
         return embeddings_QC @ sample_points(features_Chw[None], points_1S2)[0]
-    logits_Qhw = torch.mm(embeddings_QC, features_Chw.flatten(1)).unflatten(-1, features_Chw.shape[1:])
-    return sample_points(at_least_float32(logits_Qhw[None]), points_1S2)[0]
+    return sample_points(at_least_float32(_product(embeddings_QC, features_Chw)[None]), points_1S2)[0]
 
 
 def logits_of(masks: Sequence[Masks], image: int, queries: Sequence[Tensor]) -> Tensor:
@@ -84,13 +85,23 @@ def logits_of(masks: Sequence[Masks], image: int, queries: Sequence[Tensor]) -> 
         # one product for all predictions, and one for the gradient of the features that they share
         features_Chw = products[0].features[image]
         embeddings_NC = torch.cat([each.embeddings[image][chosen] for each, chosen in zip(products, queries, strict=True)])
-        return at_least_float32((embeddings_NC @ features_Chw.flatten(1)).unflatten(-1, features_Chw.shape[1:]))
+        return at_least_float32(_product(embeddings_NC, features_Chw))
     return torch.cat(
         [
             at_least_float32(each[image][chosen]) if isinstance(each, Tensor) else logits_of([each], image, [chosen])
             for each, chosen in zip(masks, queries, strict=True)
         ]
     )
+
+
+def _product(embeddings_NC: Tensor, features_Chw: Tensor) -> Tensor:
+    """Logits [N, h, w]; without gradients by whatever multiplies fastest."""
+    features_CP = features_Chw.flatten(1)
+    if torch.is_grad_enabled() or onednn.refuses(features_CP):
+        logits_NP = embeddings_NC @ features_CP
+    else:
+        logits_NP = onednn.linear(embeddings_NC, features_CP.mT)
+    return logits_NP.unflatten(-1, features_Chw.shape[1:])
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
