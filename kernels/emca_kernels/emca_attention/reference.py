@@ -48,7 +48,7 @@ def attend_around(
     selection: str,
     residual: str,
 ) -> Attended:
-    """The layer around a search for one pixel, indices [B, Q, 1, 1] of folded queries, or around a mean of pixels, [B, Q, 1, C] and [B, Q, 1]."""
+    """The layer around a search for one pixel (indices [B, Q, 1, 1]) or around a weighted mean of pixels ([B, Q, 1, C] and [B, Q, 1])."""
     projected_BQD, folded_BQC = project(queries_BQC, query_position_BQC, projections)
     if selection == "argmax":
         kept_BQ = select(folded_BQC)[:, :, 0, 0]
