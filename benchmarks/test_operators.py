@@ -89,12 +89,12 @@ def _check_pool(spec: OpSpec, found: Any, features: Tensor, queries: Tensor, all
 
 
 def _check_layer(spec: OpSpec, found: Any, *given: Tensor) -> None:
-    """As in float64; half precision may choose another pixel of nearly the same score, and is held by `tests/kernels`."""
+    """As in float64, every query; half precision may choose another pixel of nearly the same score, and is held by `tests/kernels`."""
     assert all(tensor.isfinite().all() for tensor in found)
     if found[0].dtype == torch.float32:
         features, queries, allowed, *parameters = (tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in given)
         wanted = emca_attention(features, queries, allowed, Projections(*parameters), backend="reference")
-        assert (found[0].double() - wanted).abs().median() <= spec.tolerance["float32"] * wanted.abs().max()
+        assert (found[0].double() - wanted).abs().max() <= spec.tolerance["float32"] * wanted.abs().max()
 
 
 CALLS = {

@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_study_arguments(sub)
     sub = verb("run", run, "measure a study, or resume it, and write its report")
     _add_study_arguments(sub)
-    sub.add_argument("--threads", type=int, help="threads of torch, all cores by default")
+    sub.add_argument("--jobs", type=int, default=1, help="cells at once, on CUDA all on one GPU; what is timed still comes alone")
+    sub.add_argument("--threads", type=int, help="threads of torch for each cell; all cores by default, shared by the jobs")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub = verb("train", train, "train the cells of a study and nothing else, under torchrun in several processes; run scores them")
     _add_study_arguments(sub)
@@ -243,15 +244,29 @@ def plan(arguments: argparse.Namespace, argv: list[str]) -> int:
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """`emca-bench run`."""
     from emca_bench import runner
+    from emca_bench.workers import ALONE
 
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UsageError(f"--threads {arguments.threads}: expected at least 1")
+    for flag, found in (("--threads", arguments.threads), ("--jobs", arguments.jobs)):
+        if found is not None and found < 1:
+            raise UsageError(f"{flag} {found}: expected at least 1")
     part, whole, folder = _load(arguments)
     command = shlex.join(["emca-bench", *argv])
+    timed = any(measure in ALONE for study in part for measure in study.measures)
+    if arguments.jobs > 1 and arguments.threads is None and timed:
+        threads = runner.threads_of_each(arguments.jobs)
+        print(f"{' and '.join(ALONE)} come alone, with threads = {threads} as all else here; --threads sets another", file=sys.stderr)
     # a polite kill (timeout, a batch system) leaves as Ctrl-C does: the measuring process stopped, the way to resume said
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        outcome = runner.run(part, folder, whole=whole, threads=arguments.threads, device=arguments.device, command=_portable(arguments))
+        outcome = runner.run(
+            part,
+            folder,
+            whole=whole,
+            threads=arguments.threads,
+            device=arguments.device,
+            jobs=arguments.jobs,
+            command=_portable(arguments),
+        )
     except KeyboardInterrupt:
         print(f"\ninterrupted; every finished measurement is in {folder}. To resume: {command}", file=sys.stderr)
         return INTERRUPTED
@@ -290,9 +305,9 @@ def train(arguments: argparse.Namespace, argv: list[str]) -> int:
                 checkpoint=checkpoint_path(folder, key),
                 tensorboard=arguments.tensorboard and arguments.tensorboard / f"{cell.arm.name}-{cell.params['seed']}-{key}",
                 processes=processes,
-                on_step=partial(_show_step, progress, steps),
+                on_step=partial(_show_step, progress, key, steps),
             )
-            progress.finish()
+            progress.finish(key)
     if processes.first:
         count = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
         print(f"trained: {count} in {folder}. To score: {shlex.join(['emca-bench', 'run', *_same_run(argv)])}")
@@ -310,8 +325,8 @@ def _scored(folder: Path, device: str) -> set[str]:
     return {key for found, key, _ in finished_slots(read_records(folder / RECORDS)) if found == context}
 
 
-def _show_step(progress: Progress, steps: int, step: int, loss: float) -> None:
-    progress.update(step / steps, f"step {step}/{steps}, loss {loss:.2f}")
+def _show_step(progress: Progress, key: str, steps: int, step: int, loss: float) -> None:
+    progress.update(key, step / steps, f"step {step}/{steps}, loss {loss:.2f}")
 
 
 def _same_run(argv: Sequence[str]) -> list[str]:
@@ -328,6 +343,8 @@ def _portable(arguments: argparse.Namespace) -> str:
     words = ["emca-bench", "run", Path(arguments.study).stem, *(["--quick"] if arguments.quick else [])]
     if arguments.threads:
         words += ["--threads", str(arguments.threads)]
+    if arguments.jobs > 1:
+        words += ["--jobs", str(arguments.jobs)]
     if arguments.device != "cpu":
         words += ["--device", arguments.device]
     return " ".join(words)

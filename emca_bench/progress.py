@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
@@ -17,7 +17,7 @@ PLAIN_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Running:
-    """The task under way: its kind and identity, seconds so far, and the share of 0..1 that is done."""
+    """A task under way: its kind and identity, seconds so far, and the share of 0..1 that is done."""
 
     kind: str
     identity: Hashable
@@ -30,10 +30,12 @@ class Eta:
 
     Args:
         tasks: (kind, identity) of everything still to do; the same identity comes once a round.
+        at_once: how many tasks of a kind are done side by side, 1 by default.
     """
 
-    def __init__(self, tasks: Iterable[tuple[str, Hashable]]) -> None:
+    def __init__(self, tasks: Iterable[tuple[str, Hashable]], at_once: Mapping[str, int] | None = None) -> None:
         self._todo = list(tasks)
+        self._at_once = at_once or {}
         self._last: dict[Hashable, float] = {}
         self._kinds: dict[str, list[float]] = defaultdict(list)
 
@@ -43,29 +45,34 @@ class Eta:
         self._last[identity] = seconds
         self._kinds[kind].append(seconds)
 
-    def text(self, running: Running | None = None) -> str:
+    def text(self, running: Sequence[Running] = ()) -> str:
         """Time to go, `at least` that of the known tasks as long as a kind has never been measured, `?` where nothing is known."""
         seconds, unknown = self.seconds(running)
         if not unknown:
             return clock(seconds)
         return f"at least {clock(seconds)}" if seconds else "?"
 
-    def seconds(self, running: Running | None = None) -> tuple[float, int]:
-        """Time to go of the tasks whose cost is known, in seconds, and the number of the others; the task under way counts by its share."""
-        todo, left, unknown = list(self._todo), 0.0, 0
-        means = {kind: fmean(durations) for kind, durations in self._kinds.items()}
-        if running is not None and running.share > 0:
-            whole = running.seconds / running.share
-            todo.remove((running.kind, running.identity))
-            left = whole - running.seconds
-            means.setdefault(running.kind, whole)
+    def seconds(self, running: Sequence[Running] = ()) -> tuple[float, int]:
+        """Time to go of the tasks whose cost is known, in seconds, and the number of the others; those under way count by their share."""
+        todo, unknown = list(self._todo), 0
+        left: dict[str, list[float]] = defaultdict(list)
+        durations = defaultdict(list, {kind: list(known) for kind, known in self._kinds.items()})
+        for task in running:
+            if task.share > 0:
+                whole = task.seconds / task.share
+                todo.remove((task.kind, task.identity))
+                left[task.kind].append(whole - task.seconds)
+                if task.kind not in self._kinds:
+                    durations[task.kind].append(whole)
+        means = {kind: fmean(known) for kind, known in durations.items()}
         for kind, identity in todo:
             known = self._last.get(identity, means.get(kind))
             if known is None:
                 unknown += 1
             else:
-                left += known
-        return left, unknown
+                left[kind].append(known)
+        # side by side they take their share each, but no less than the longest of them
+        return sum(max(sum(parts) / self._at_once.get(kind, 1), max(parts)) for kind, parts in left.items()), unknown
 
 
 def clock(seconds: float) -> str:
@@ -75,22 +82,38 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@dataclass
+class Shown:
+    """A task under way as it is shown."""
+
+    kind: str
+    label: str
+    started: float
+    share: float = 0.0
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.text}" if self.text else self.label
+
+
 class Progress:
     """Shows the tasks of a run; never draws by itself, so that nothing runs beside a timed region.
 
     Args:
         tasks: (kind, identity) of each task to come.
+        at_once: how many tasks of a kind are done side by side, 1 by default.
         stream: where to; standard error by default, so that standard output holds results alone.
     """
 
-    def __init__(self, tasks: Iterable[tuple[str, Hashable]], *, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, tasks: Iterable[tuple[str, Hashable]], *, at_once: Mapping[str, int] | None = None, stream: TextIO | None = None
+    ) -> None:
         tasks = list(tasks)
         self.total, self.done = len(tasks), 0
-        self._eta = Eta(tasks)
+        self._eta = Eta(tasks, at_once)
         self._stream = stream or sys.stderr
         self._display = _Bar(self.total, self._stream) if self._stream.isatty() else _Lines(self._stream)
-        self._task: tuple[str, Hashable] | None = None
-        self._label, self._started = "", 0.0
+        self._running: dict[Hashable, Shown] = {}
 
     def __enter__(self) -> Progress:
         return self
@@ -100,25 +123,30 @@ class Progress:
 
     def start(self, kind: str, identity: Hashable, label: str) -> None:
         """A task begins."""
-        self._task, self._label, self._started = (kind, identity), label, time.monotonic()
-        self._display.show(self.done, self.total, label, self._eta.text(), force=self.done == 0)
+        shown = self._running[identity] = Shown(kind, label, time.monotonic())
+        self._show(shown, force=self.done == 0 and len(self._running) == 1)
 
-    def update(self, share: float, text: str) -> None:
-        """The task under way is done to a share of 0..1."""
-        assert self._task is not None
-        running = Running(*self._task, time.monotonic() - self._started, share)
-        self._display.show(self.done, self.total, f"{self._label}: {text}", self._eta.text(running))
+    def update(self, identity: Hashable, share: float, text: str) -> None:
+        """A task under way is done to a share of 0..1."""
+        shown = self._running[identity]
+        shown.share, shown.text = share, text
+        self._show(shown)
 
-    def finish(self) -> None:
-        """The task under way is done."""
-        assert self._task is not None
-        self._eta.finished(*self._task, time.monotonic() - self._started)
+    def finish(self, identity: Hashable) -> None:
+        """A task under way is done."""
+        shown = self._running.pop(identity)
+        self._eta.finished(shown.kind, identity, time.monotonic() - shown.started)
         self.done += 1
-        self._display.show(self.done, self.total, self._label, self._eta.text(), force=self.done == self.total)
+        self._show(Shown(shown.kind, shown.label, shown.started), force=self.done == self.total)
 
     def note(self, text: str) -> None:
         """A line that stays."""
         self._display.note(text)
+
+    def _show(self, latest: Shown, *, force: bool = False) -> None:
+        now = time.monotonic()
+        running = [Running(shown.kind, identity, now - shown.started, shown.share) for identity, shown in self._running.items()]
+        self._display.show(self.done, self.total, latest, list(self._running.values()), self._eta.text(running), force=force)
 
 
 class _Lines:
@@ -128,11 +156,14 @@ class _Lines:
         self._stream = stream
         self._shown = -PLAIN_SECONDS
 
-    def show(self, done: int, total: int, label: str, eta: str, *, force: bool = False) -> None:
+    def show(self, done: int, total: int, latest: Shown, running: Sequence[Shown], eta: str, *, force: bool = False) -> None:
+        """The latest that was heard of in full, of several only their shares."""
         now = time.monotonic()
         if force or now - self._shown >= PLAIN_SECONDS:
             self._shown = now
-            self.note(f"[{done}/{total}] to go {eta} | {label}")
+            shares = " ".join(f"{shown.share:.0%}" for shown in running)
+            several = f" | {len(running)} at once: {shares}" if len(running) > 1 else ""
+            self.note(f"[{done}/{total}] to go {eta}{several} | {latest}")
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -142,29 +173,38 @@ class _Lines:
 
 
 class _Bar:
-    """A bar of rich, drawn when told to."""
+    """A bar of rich, drawn when told to; below it a line for each task under way."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
         self._progress = Progress(
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("to go {task.fields[eta]}"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.description}", markup=False),
             console=Console(file=stream),
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=total, eta="?")
+        self._whole = self._progress.add_task("", total=total, count=f"0/{total}")
+        self._rows: list[TaskID] = []
         self._progress.start()
 
-    def show(self, done: int, total: int, label: str, eta: str, *, force: bool = False) -> None:
-        self._progress.update(self._task, completed=done, description=label, eta=eta, refresh=True)
+    def show(self, done: int, total: int, latest: Shown, running: Sequence[Shown], eta: str, *, force: bool = False) -> None:
+        """Everything, each time."""
+        while len(self._rows) < len(running):
+            self._rows.append(self._progress.add_task("", total=1.0, count=""))
+        while len(self._rows) > len(running):
+            self._progress.remove_task(self._rows.pop())
+        for row, shown in zip(self._rows, running, strict=True):
+            self._progress.update(row, completed=shown.share, description=str(shown), count=f"{shown.share:.0%}")
+        self._progress.update(self._whole, completed=done, count=f"{done}/{total}", description=f"to go {eta}", refresh=True)
 
     def note(self, text: str) -> None:
+        """A line above the bar."""
         self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
+        """The bar goes."""
         self._progress.stop()

@@ -120,11 +120,15 @@ class RecordWriter:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole: readers see the old content or the new, never a part."""
+    """Replace a file as a whole: readers see the old content or the new, never a part; of several writers the last one counts."""
     data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from emca_bench.environment import default_threads
 from emca_bench.errors import UsageError
 from emca_bench.progress import Progress
-from emca_bench.records import Record, RecordWriter, read_records, write_atomically
-from emca_bench.specs import Cell, Study, canonical_json, dump_lock
+from emca_bench.records import Record, RecordWriter, Status, read_records, write_atomically
+from emca_bench.specs import MEASURES, Cell, Study, canonical_json, dump_lock
+from emca_bench.workers import ALONE, TRAINED, Message, Workers
 
 RECORDS, LOCK, ENVIRONMENT, ARTIFACTS, WORKER_LOG = "records.jsonl", "study.lock.json", "environment.json", "artifacts", "worker.log"
-TRAINED = ("mechanism", "accuracy")
-"""Measures that train, after all that are timed."""
 CHECKPOINTS = "checkpoints"
 """Folder of trainings under way, a file each; gone when their record is there."""
+OUT_OF_MEMORY = ("OutOfMemoryError", "ended with code -9")
+"""What the reason of a failed cell says where memory ran out; the second is how Linux ends a process then."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,12 @@ class Outcome:
     skipped: int = 0
     failed: int = 0
     impossible: int = 0
+
+    def count(self, status: Status) -> None:
+        """Note a record."""
+        self.measured += status == "ok"
+        self.failed += status == "failed"
+        self.impossible += status == "impossible"
 
 
 def plan(studies: Sequence[Study]) -> list[Task]:
@@ -82,6 +85,7 @@ def run(
     whole: Sequence[Study] | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    jobs: int = 1,
     command: str = "",
 ) -> Outcome:
     """Measure what the folder does not hold yet.
@@ -90,8 +94,9 @@ def run(
         studies: what to measure now.
         folder: of the run; made if need be.
         whole: the studies that the folder is about, where `studies` are a part of them.
-        threads: of torch; all cores by default.
-        device: "cpu" or "cuda", overrides what studies say.
+        threads: of torch in each process; by default the cores, shared by the jobs.
+        device: "cpu" or "cuda", overrides what studies say; one GPU serves all jobs.
+        jobs: cells measured side by side, each in a process of its own; those of `ALONE` still come one by one.
         command: for the record of how it was made.
 
     Returns:
@@ -102,33 +107,39 @@ def run(
         KeyboardInterrupt: handed through, with all records on disk.
     """
     studies, whole = on_device(studies, device), on_device(whole or studies, device)
+    threads = threads or threads_of_each(jobs)
     _prepare(folder)
     outcome = Outcome(folder)
-    with RecordWriter(folder / RECORDS) as writer, Worker(folder, threads=threads or default_threads(), device=device) as worker:
-        done = finished_slots(read_records(folder / RECORDS))
-        context = worker.environment["context"]
+    with RecordWriter(folder / RECORDS) as writer, Workers(jobs, folder / WORKER_LOG, threads=threads, device=device) as workers:
         tasks = plan(studies)
-        todo = [task for task in tasks if (context, task.key, task.round) not in done]
+        environment = workers.first.start(patient=not any(task.measure in ALONE for task in tasks))
+        done = finished_slots(read_records(folder / RECORDS))
+        todo = [task for task in tasks if (environment["context"], task.key, task.round) not in done]
         outcome.skipped = len(tasks) - len(todo)
         for task in _one_per_name(todo):
-            worker.ask("check", task)
+            workers.first.ask(_request(task, folder, do="check"))
         write_atomically(folder / LOCK, dump_lock(whole))
         if todo or not (folder / ENVIRONMENT).exists():
-            _note_environment(folder / ENVIRONMENT, worker.environment, command)
-        with Progress([(task.measure, task.key) for task in todo]) as progress:
-            for task in todo:
-                progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
-                record = _measure(worker, task, context, progress)
-                writer.append(record)
-                if record.status == "ok":
-                    checkpoint_path(folder, task.key).unlink(missing_ok=True)
-                progress.finish()
-                outcome.measured += record.status == "ok"
-                outcome.failed += record.status == "failed"
-                outcome.impossible += record.status == "impossible"
-                if record.status != "ok":
-                    progress.note(f"{record.status}: {task.measure} {task.cell.label()}: {record.reason}")
+            _note_environment(folder / ENVIRONMENT, environment, command)
+        for partial in (folder / CHECKPOINTS).glob("*.partial"):
+            partial.unlink()
+        at_once = {measure: 1 if measure in ALONE else jobs for measure in MEASURES}
+        with Progress([(task.measure, task.key) for task in todo], at_once=at_once) as progress:
+            for number, group in itertools.groupby(todo, key=lambda task: at_once[task.measure]):
+                for task, result in _results(workers, list(group), folder, number, progress):
+                    record = _record(task, result, environment["context"], at_once[task.measure])
+                    writer.append(record)
+                    if record.status == "ok":
+                        checkpoint_path(folder, task.key).unlink(missing_ok=True)
+                    outcome.count(record.status)
+                    if record.status != "ok":
+                        progress.note(f"{record.status}: {task.measure} {task.cell.label()}: {record.reason}")
     return outcome
+
+
+def threads_of_each(jobs: int) -> int:
+    """Threads of torch in each of the processes, where nothing else is asked for."""
+    return max(1, default_threads() // jobs)
 
 
 def checkpoint_path(folder: Path, key: str) -> Path:
@@ -145,8 +156,38 @@ def on_device(studies: Sequence[Study], device: str) -> list[Study]:
     return moved
 
 
-def _measure(worker: Worker, task: Task, context: str, progress: Progress) -> Record:
-    result = worker.ask(task.measure, task, progress)
+def _results(workers: Workers, tasks: Sequence[Task], folder: Path, at_once: int, progress: Progress) -> Iterator[tuple[Task, Message]]:
+    """Tasks with their results as they come in, shown as they go."""
+    for number, message in workers.answers([_request(task, folder) for task in tasks], at_once=at_once):
+        task = tasks[number]
+        if message["kind"] == "started":
+            progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
+        elif message["kind"] == "progress":
+            progress.update(task.key, message["done"] / message["total"], message["text"])
+        else:
+            yield task, message
+            progress.finish(task.key)
+
+
+def _request(task: Task, folder: Path, *, do: str = "") -> dict[str, Any]:
+    return {
+        "do": do or task.measure,
+        "arm": asdict(task.cell.arm),
+        "params": dict(task.cell.params),
+        "settings": asdict(task.study.settings),
+        "key": task.key,
+        "artifacts": str(folder / ARTIFACTS),
+        "checkpoint": str(checkpoint_path(folder, task.key)),
+    }
+
+
+def _record(task: Task, result: Message, context: str, at_once: int) -> Record:
+    values, reason = dict(result.get("values", {})), result.get("reason")
+    if task.measure in TRAINED and result["status"] == "ok":
+        # what it took is the time of a machine that they shared
+        values["cells_at_once"] = at_once
+    if result["status"] == "failed" and at_once > 1 and any(word in str(reason) for word in OUT_OF_MEMORY):
+        reason = f"{reason}; or fewer cells at once than --jobs {at_once}"
     return Record(
         context=context,
         study=task.study.name,
@@ -156,8 +197,8 @@ def _measure(worker: Worker, task: Task, context: str, progress: Progress) -> Re
         params=dict(task.cell.params),
         round=task.round,
         status=result["status"],
-        reason=result.get("reason"),
-        values=result.get("values", {}),
+        reason=reason,
+        values=values,
         samples=result.get("samples", {}),
         duration_s=round(result.get("duration_s", 0.0), 3),
     )
@@ -197,104 +238,3 @@ def _note_environment(path: Path, environment: Mapping[str, Any], command: str) 
     known["current"] = context
     known["environments"][context] = {"identity": environment["identity"], "state": environment["state"], "command": command}
     write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
-
-
-class Worker:
-    """The measuring process; started anew after it died. Ctrl-C does not reach it, its parent decides.
-
-    Args:
-        folder: of the run; the worker's own output goes to a log there.
-        threads, device: see `run`.
-    """
-
-    def __init__(self, folder: Path, *, threads: int, device: str) -> None:
-        self._folder, self._threads, self._device = folder, threads, device
-        self._process: subprocess.Popen[str] | None = None
-        self._patient = False
-        self.environment: dict[str, Any] = {}
-
-    def __enter__(self) -> Worker:
-        self._start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
-
-    def ask(self, do: str, task: Task, progress: Progress | None = None) -> dict[str, Any]:
-        """The result of a request; a worker that dies over it gives a failed result.
-
-        Raises:
-            UsageError: the request cannot be carried out as written.
-        """
-        patient = do in TRAINED
-        if self._process is None or patient != self._patient:
-            self._stop()
-            self._start(patient=patient)
-        assert self._process is not None
-        assert self._process.stdin is not None
-        request = {
-            "do": do,
-            "arm": asdict(task.cell.arm),
-            "params": dict(task.cell.params),
-            "settings": asdict(task.study.settings),
-            "key": task.key,
-            "artifacts": str(self._folder / ARTIFACTS),
-            "checkpoint": str(checkpoint_path(self._folder, task.key)),
-        }
-        try:
-            self._process.stdin.write(canonical_json(request) + "\n")
-            self._process.stdin.flush()
-            while True:
-                message = self._read()
-                if message["kind"] == "result":
-                    return message
-                if message["kind"] == "progress" and progress is not None:
-                    progress.update(message["done"] / message["total"], message["text"])
-        except (EOFError, BrokenPipeError):
-            code = self._process.wait()
-            self._stop()
-            return {"status": "failed", "reason": f"the measuring process ended with code {code}; its last words are in {WORKER_LOG}"}
-
-    def _start(self, *, patient: bool = False) -> None:
-        """Start the process; a patient one lets idle threads sleep, which costs microseconds a step and saves a busy machine minutes."""
-        self._patient = patient
-        with (self._folder / WORKER_LOG).open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "emca_bench.measure.worker", str(self._threads), self._device],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} if patient else None,
-            )
-        try:
-            self.environment = self._read()
-        except UsageError:
-            self._stop()
-            raise
-        except EOFError:
-            self._stop()
-            raise UsageError(f"the measuring process did not start; its last words are in {self._folder / WORKER_LOG}") from None
-
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        self._process = None
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):
-            raise EOFError
-        message = json.loads(line)
-        if message["kind"] == "usage":
-            raise UsageError(message["message"])
-        return message

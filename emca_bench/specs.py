@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -347,6 +347,7 @@ def _read_like(path: Path) -> dict[str, Any]:
     data = _read(path)
     study = data.get("study", {})
     if not isinstance(study, dict) or "like" not in study:
+        _check_arm_tables(path, data, _named_arms(data))
         return data
     name = study.pop("like")
     if not isinstance(name, str) or name == path.stem:
@@ -356,7 +357,28 @@ def _read_like(path: Path) -> dict[str, Any]:
     for here, there in (("axes", "fixed"), ("fixed", "axes")):
         for key in data.get(here, {}):
             found.get(there, {}).pop(key, None)
+    _check_arm_tables(path, data, _named_arms(found))
     return found
+
+
+def _check_arm_tables(path: Path, data: Mapping[str, Any], named: Sequence[str]) -> None:
+    """A misspelt table would leave its arm with defaults; a study that has no list of arms yet is complained about elsewhere."""
+    if named:
+        _known_keys(path, _table_of(data, "arms"), named, "table in [arms]; an axis must name it:")
+
+
+def _table_of(data: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """A table within tables, empty where there is none."""
+    for name in names:
+        found = data.get(name, {})
+        data = found if isinstance(found, dict) else {}
+    return data
+
+
+def _named_arms(data: Mapping[str, Any]) -> list[str]:
+    """Arms of a study and of its quick form."""
+    lists = [_table_of(data, *tables).get("arm", []) for tables in (("axes",), ("quick", "axes"))]
+    return list(dict.fromkeys(str(name) for names in lists if isinstance(names, list) for name in names))
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -448,7 +470,7 @@ class _Reader:
             axes={key: self._values(key, values) for key, values in axes.items()},
             fixed={key: self._value(key, value) for key, value in {**self._table("fixed"), **overlay.get("fixed", {})}.items()},
             settings=self._settings({**self._table("settings"), **overlay.get("settings", {})}),
-            expected=tuple(self._expected(entry, arms) for entry in self.data.get("expected", [])),
+            expected=tuple(self._expected(entry) for entry in self.data.get("expected", [])),
             targets=tuple(self._target(entry, arms) for entry in self.data.get("target", [])),
             method=int(head.get("method", 1)),
             margin=float(head.get("margin", 0.5)),
@@ -517,15 +539,17 @@ class _Reader:
         except (UsageError, TypeError) as error:
             raise UsageError(f"{self.path}: [settings]: {error}") from None
 
-    def _expected(self, entry: dict[str, Any], arms: tuple[Arm, ...]) -> Expected:
+    def _expected(self, entry: dict[str, Any]) -> Expected:
         _known_keys(self.path, entry, (item.name for item in fields(Expected)), "key of [[expected]]")
         for key, kind in (("claim", str), ("metric", str), ("arm", str), ("source", str)):
             self._need(entry, key, kind, "[[expected]]")
         self._choice("metric", entry["metric"], METRICS)
-        for name in entry.get("where", {}):
-            self._choice("parameter", name, PARAMETERS)
+        for name in (entry["arm"], *entry.get("against", ())):
+            # a quick form without the arm leaves the claim open
+            self._choice("arm", name, _named_arms(self.data))
+        where = {name: self._value(name, value) for name, value in entry.get("where", {}).items()}
         try:
-            return Expected(**{**entry, "value": float(entry["value"]), "against": tuple(entry.get("against", ()))})
+            return Expected(**{**entry, "value": float(entry["value"]), "where": where, "against": tuple(entry.get("against", ()))})
         except (TypeError, ValueError, KeyError) as error:
             raise UsageError(f"{self.path}: [[expected]] {entry.get('claim')!r}: {error}") from None
 

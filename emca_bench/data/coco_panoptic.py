@@ -155,8 +155,9 @@ def _load(path: Path) -> tuple[dict[str, Any], str]:
 def _categories(
     entries: Sequence[Mapping[str, Any]], classes: Sequence[ClassInfo] | None, path: Path
 ) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
-    """The classes, and the class index of each category id."""
+    """The classes, and the class index of each category id; classes that are not given stand in the order of ids, not of a split's list."""
     if classes is None:
+        entries = sorted(entries, key=lambda entry: int(entry["id"]))
         colors = palette(len(entries))
         classes = [
             ClassInfo(str(entry["name"]), bool(entry["isthing"]), _color(entry.get("color"), color))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,25 @@ def check_data(params: Mapping[str, Any]) -> None:
     """Complain about data that cannot be used before anything is trained.
 
     Raises:
-        UsageError: splits that cannot be opened, a panoptic task on data without panoptic truth, or a recipe that cannot be used.
+        UsageError: splits that cannot be opened or have other classes than the first, a panoptic task on data without panoptic truth, or a
+            recipe that cannot be used.
     """
     recipe_of(params)
     looked_at = ["val"] if params.get("diagnostic_images") else []
+    trained = _class_names(str(params["dataset"]), "train")
     for split in ("train", evaluated_split(params), *looked_at):
         dataset = open_dataset(str(params["dataset"]), split)
+        for number, (found, expected) in enumerate(zip_longest(_class_names(dataset.name, split), trained)):
+            if found != expected:
+                raise UsageError(
+                    f"dataset {dataset.name!r}: class {number} of split {split!r} is {found!r}, expected {expected!r} as in 'train'"
+                )
         if panoptic_rules(params) is not None and dataset[0].panoptic is None:
             raise UsageError(f"dataset {dataset.name!r} has semantic labels only; expected panoptic labels for the task 'panoptic'")
+
+
+def _class_names(dataset: str, split: str) -> list[str]:
+    return [info.name for info in open_dataset(dataset, split).classes]
 
 
 def commonest_class(images: Samples, classes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,4 +194,7 @@ def _percent(share: float) -> float | None:
 
 def _write_png(path: Path, pixels: Labels) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    # cells side by side write the same shown images
+    write_atomically(path, content.getvalue())

@@ -105,7 +105,7 @@ def _claims(found: Findings) -> str:
     if not found.claims:
         return ""
     counted = Counter(claim.verdict for claim in found.claims)
-    order: tuple[Verdict, ...] = ("reproduced", "differs", "not comparable", "not run")
+    order: tuple[Verdict, ...] = ("reproduced", "differs", "undecided", "not comparable", "not run")
     parts = ", ".join(f"{counted[verdict]} {verdict}" for verdict in order if counted[verdict])
     return f"Of {numbers.plural(len(found.claims), 'comparison')} with published claims: {parts}."
 

@@ -13,7 +13,7 @@ from emca_bench.report.load import Result, Run, distinct_cells, point
 from emca_bench.specs import Cell, Expected, Study, Value
 from emca_bench.stats import MIN_ROUNDS, MIN_SEEDS, Mean, Ratio
 
-Verdict = Literal["reproduced", "differs", "not comparable", "not run"]
+Verdict = Literal["reproduced", "differs", "undecided", "not comparable", "not run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _miou_difference(
 ) -> Claim:
     found = stats.paired_difference(_seeds(mine), _seeds(theirs))
     missing = f"no common seed with {against}"
-    return _accuracy(study, expected, against, mine, found, lambda mean: f"{numbers.points(mean, signed=True)} mIoU", missing)
+    return _accuracy(study, expected, against, mine, found, lambda mean: f"{numbers.points(mean, signed=True)} mIoU", missing, neutral=0.0)
 
 
 def _accuracy(
@@ -137,6 +137,8 @@ def _accuracy(
     found: Mean | None,
     show: Callable[[Mean], str],
     missing: str,
+    *,
+    neutral: float | None = None,
 ) -> Claim:
     where = _conditions(mine[0])
     if found is None:
@@ -145,7 +147,7 @@ def _accuracy(
     if not expected.dataset or expected.dataset.casefold() != here.casefold():
         reason = f"Accuracy on {here} says nothing about {expected.dataset or 'an unstated data set'}."
         return _claim(study, expected, against, where, "not comparable", reason, show(found), found)
-    verdict, reason = _judge(expected, found, enough=found.count >= MIN_SEEDS, relative=False, neutral=None)
+    verdict, reason = _judge(expected, found, enough=found.count >= MIN_SEEDS, relative=False, neutral=neutral)
     if found.count < MIN_SEEDS:
         reason = f"Too few seeds: {found.count} of at least {MIN_SEEDS}."
     return _claim(study, expected, against, where, verdict, reason, show(found), found)
@@ -168,7 +170,7 @@ def _judge(expected: Expected, found: Ratio | Mean, *, enough: bool, relative: b
     Differs: the whole interval lies outside of the band. Anything between is left open.
     """
     if not enough or found.low is None or found.high is None:
-        return "not comparable", "Too few repeats."
+        return "undecided", "Too few repeats."
     low, high = _band(expected, relative)
     band = f"{numbers.significant(low)} to {numbers.significant(high)}"
     if found.high < low or found.low > high:
@@ -176,7 +178,7 @@ def _judge(expected: Expected, found: Ratio | Mean, *, enough: bool, relative: b
     effect = neutral is None or low <= neutral <= high or not found.low <= neutral <= found.high
     if low <= found.estimate <= high and effect:
         return "reproduced", f"The estimate is within the tolerated {band}."
-    return "not comparable", f"Undecided: the interval neither shows nor excludes the tolerated {band}."
+    return "undecided", f"The interval neither shows nor excludes the tolerated {band}."
 
 
 def _band(expected: Expected, relative: bool) -> tuple[float, float]:

@@ -110,8 +110,8 @@ def _claims(found: Findings) -> list[Block]:
         tables.claims_table(found.claims),
         Paragraph(
             "Reproduced: the estimate lies within the tolerance of the published value, and its interval shows the effect. Differs: "
-            "the whole interval lies outside of the tolerance. Not comparable: other hardware or data, too few repeats, or an interval "
-            "that decides nothing."
+            "the whole interval lies outside of the tolerance. Undecided: too few repeats, or an interval that shows neither. "
+            "Not comparable: other hardware or data."
         ),
     ]
 

@@ -214,6 +214,8 @@ def training_table(group: AccuracyGroup) -> Table:
     ]
     fed = any(entry.average("loader_images_per_second") is not None for entry in group.measured)
     columns += _feed_columns() if fed else []
+    shared = any((entry.average("cells_at_once") or 1) > 1 for entry in group.measured)
+    columns += [Column("At once", "right", "trainings that shared the machine, and so its time")] if shared else []
     columns += [Column("Final loss", "right"), Column("Pretrained")]
     rows = []
     batch = float(group.shared.get("batch", 1))
@@ -224,6 +226,7 @@ def training_table(group: AccuracyGroup) -> Table:
         pretrained = next((str(result.values["pretrained"]) for result in entry.finished if result.values.get("pretrained")), "nothing")
         row = [arm(entry.name), Value(seeds), number(steps, lambda count: f"{count:.0f}"), number(epochs, numbers.significant)]
         row += [number(entry.average("train_seconds"), numbers.duration), *(_feed_cells(entry, batch) if fed else [])]
+        row += [number(entry.average("cells_at_once"), numbers.significant)] if shared else []
         row.append(number(entry.average("final_loss"), numbers.significant))
         rows.append([*row, Value(pretrained)])
     return Table(columns, rows)

@@ -38,7 +38,6 @@ def save_state(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())
     except OSError as error:
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
         last = "the last good one is still there" if path.exists() else "there is none yet"
         said = f"checkpoint {path.name} of step {state.get('step')} cannot be written: {error.strerror}; {last}"
         raise CheckpointWriteError(error.errno, said) from error

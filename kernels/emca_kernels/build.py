@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,17 +124,27 @@ def find_host_compiler() -> str:
     return compiler
 
 
-def torch_flags() -> str:
+def torch_flags() -> tuple[str, ...]:
     """Compiler flags for torch's stable interface."""
-    root = Path(torch.__file__).parent
+    include = Path(torch.__file__).parent / "include"
     major, minor = _torch_version()
-    include = f"-isystem {root / 'include'} -isystem {root / 'include/torch/csrc/api/include'}"
-    return f"{include} -DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    version = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    return ("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"), version)
 
 
-def torch_libraries(*names: str) -> str:
+def torch_libraries(*names: str) -> tuple[str, ...]:
     """Linker flags for libraries of torch."""
-    return f"-L{Path(torch.__file__).parent / 'lib'} {' '.join(f'-l{name}' for name in names)}"
+    return (f"-L{Path(torch.__file__).parent / 'lib'}", *(f"-l{name}" for name in names))
+
+
+def ninja_words(*words: str) -> str:
+    """Words of a command as a ninja file holds them: quoted for the shell, dollars doubled for ninja."""
+    return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
+
+
+def ninja_path(path: Path) -> str:
+    """A path as ninja's build lines hold it."""
+    return re.sub(r"([$: ])", r"$\1", str(path))
 
 
 def _torch_version() -> tuple[int, int]:

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from emca_bench.records import read_records
-from emca_bench.runner import Task, Worker, plan
+from emca_bench.runner import WORKER_LOG, plan
 from emca_bench.specs import load_studies
+from emca_bench.workers import Worker
 
 
 def start(study: Path, folder: Path) -> subprocess.Popen[str]:
@@ -149,17 +151,25 @@ batch = -1
     assert "measured 0, already there 2, impossible 0, failed 1" in second.stderr
 
 
+def request(study: Path) -> dict:
+    task = plan(_on_cpu(load_studies(study)))[0]
+    settings = asdict(task.study.settings)
+    return {"do": "macs", "arm": asdict(task.cell.arm), "params": dict(task.cell.params), "settings": settings}
+
+
 def test_a_measuring_process_that_dies_costs_one_cell(small_study: Path, tmp_path: Path):
-    tasks = plan(_on_cpu(load_studies(small_study)))
-    task: Task = tasks[0]
-    with Worker(tmp_path, threads=1, device="cpu") as worker:
+    worker = Worker(tmp_path / WORKER_LOG, threads=1, device="cpu")
+    try:
+        worker.start(patient=True)
         assert worker._process is not None
         worker._process.kill()
         worker._process.wait()
-        lost = worker.ask("macs", task)
+        lost = worker.ask(request(small_study))
         assert lost["status"] == "failed"
         assert "ended with code -9" in lost["reason"]
-        assert worker.ask("macs", task)["status"] == "ok"
+        assert worker.ask(request(small_study))["status"] == "ok"
+    finally:
+        worker.stop()
 
 
 def test_records_hold_no_names_of_this_machine(cli, small_study: Path, tmp_path: Path):

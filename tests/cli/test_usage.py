@@ -39,7 +39,7 @@ def test_verbs_and_flags_are_frozen():
         "ls": [],
         "validate": [],
         "plan": study,
-        "run": sorted([*study, "--device", "--threads"]),
+        "run": sorted([*study, "--device", "--jobs", "--threads"]),
         "train": sorted([*study, "--device", "--tensorboard"]),
         "report": ["--accuracies", "--check", "--out", "--readme"],
         "compare": [],
@@ -184,6 +184,7 @@ def test_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], small_stu
         (["--only", "arm"], "KEY=VALUE"),
         (["--only", "arm=emac"], "did you mean 'emca'"),
         (["--threads", "0"], "--threads 0"),
+        (["--jobs", "0"], "--jobs 0"),
     ],
 )
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], small_study: Path, arguments: list[str], words: str):

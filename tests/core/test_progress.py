@@ -29,7 +29,17 @@ def test_eta_uses_the_last_time_of_the_same_task():
 
 def test_eta_extrapolates_the_task_under_way():
     eta = Eta([("slow", 1), ("slow", 2)])
-    assert eta.seconds(Running("slow", 1, 30.0, 0.25)) == (pytest.approx(90.0 + 120.0), 0)
+    assert eta.seconds([Running("slow", 1, 30.0, 0.25)]) == (pytest.approx(90.0 + 120.0), 0)
+
+
+def test_eta_shares_what_is_done_side_by_side():
+    """Four of 100 seconds, two at once: one is at 40 %, the other at 60 %; the last one alone sets the end."""
+    eta = Eta([("slow", number) for number in range(4)], {"slow": 2})
+    running = [Running("slow", 0, 40.0, 0.4), Running("slow", 1, 60.0, 0.6)]
+    assert eta.seconds(running) == (pytest.approx((60 + 40 + 100 + 100) / 2), 0)
+    for number in range(3):
+        eta.finished("slow", number, 100.0)
+    assert eta.seconds([Running("slow", 3, 10.0, 0.1)]) == (pytest.approx(90.0), 0)
 
 
 def test_plain_lines_tell_count_time_and_label():
@@ -37,11 +47,27 @@ def test_plain_lines_tell_count_time_and_label():
     with Progress([("macs", "a"), ("macs", "b")], stream=stream) as progress:
         for name in "ab":
             progress.start("macs", name, f"cell {name}")
-            progress.update(0.5, "half")
-            progress.finish()
+            progress.update(name, 0.5, "half")
+            progress.finish(name)
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("[0/2] to go ? | cell a")
     assert lines[-1].startswith("[2/2] to go 0:00")
+
+
+def test_several_under_way_stand_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("emca_bench.progress.PLAIN_SECONDS", 0.0)
+    stream = io.StringIO()
+    with Progress([("accuracy", name) for name in "abc"], at_once={"accuracy": 2}, stream=stream) as progress:
+        progress.start("accuracy", "a", "cell a")
+        progress.start("accuracy", "b", "cell b")
+        progress.update("a", 0.25, "step 1/4")
+        progress.update("b", 0.5, "step 2/4")
+        progress.finish("b")
+    lines = stream.getvalue().splitlines()
+    assert lines[3].startswith("[0/3] to go ")
+    assert lines[3].endswith(" | 2 at once: 25% 50% | cell b: step 2/4")
+    assert lines[4].startswith("[1/3] to go ")
+    assert lines[4].endswith(" | cell b")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.2, "1:05"), (3661, "1:01:01")])
@@ -49,19 +75,35 @@ def test_clock(seconds: float, text: str):
     assert clock(seconds) == text
 
 
-def test_a_terminal_gets_a_bar_and_notes_that_stay():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_a_terminal_gets_a_bar_and_notes_that_stay():
     stream = Terminal()
     with Progress([("macs", "a"), ("macs", "b")], stream=stream) as progress:
         for name in "ab":
             progress.start("macs", name, f"cell {name}")
-            progress.update(0.5, "half")
-            progress.finish()
+            progress.update(name, 0.5, "half")
+            progress.finish(name)
         progress.note("failed: cell [b]: [reason]")
     shown = stream.getvalue()
     assert "2/2" in shown
     assert "cell a: half" in shown
     assert "failed: cell [b]: [reason]" in shown
+
+
+def test_a_terminal_gets_a_line_for_each_under_way():
+    stream = Terminal()
+    with Progress([("accuracy", name) for name in "abc"], at_once={"accuracy": 2}, stream=stream) as progress:
+        progress.start("accuracy", "a", "cell [a]")
+        progress.start("accuracy", "b", "cell b")
+        progress.update("a", 0.25, "step 1/4")
+        shown = stream.getvalue()
+        assert "0/3" in shown
+        assert "25%" in shown
+        assert "cell [a]: step 1/4" in shown
+        assert "cell b" in shown
+        progress.finish("a")
+        assert "1/3" in stream.getvalue()

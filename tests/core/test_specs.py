@@ -119,7 +119,7 @@ def test_lock_file_gives_the_same_cells_back(study_file: Path, tmp_path: Path):
         ('"8x8"]', '"8by8"]', ["'8by8'", "HEIGHTxWIDTH"]),
         ('"8x8"]', '"4x4"]', ["'pixels'", "twice"]),
         ('["4x4", "8x8"]', "[]", ["'pixels'", "at least one"]),
-        ('arm = ["masked", "wide"]', 'arm = ["masked", "masked"]', ["distinct"]),
+        ('arm = ["masked", "wide"]', 'arm = ["wide", "wide"]', ["distinct"]),
         ('baselines = ["masked"]', 'baselines = ["maskd"]', ["'maskd'", "did you mean 'masked'"]),
         ("width = 32", "", ["width"]),
         ('scope = "attention"', "", ["scope"]),
@@ -129,10 +129,19 @@ def test_lock_file_gives_the_same_cells_back(study_file: Path, tmp_path: Path):
         ("[quick.axes]", "[settings]\nrounds = 0\n[quick.axes]", ["rounds"]),
         ("[quick.axes]", "[settings]\nround = 3\n[quick.axes]", ["'round'", "did you mean 'rounds'"]),
         ("[study]", "[study", ["not valid TOML"]),
+        ("[arms.wide]", "[arms.wid]", ["'wid'", "did you mean 'wide'", "[arms]"]),
         (
             "[quick.axes]",
             '[[expected]]\nclaim = "c"\nmetric = "sped"\nvalue = 1\narm = "masked"\nsource = "s"\n[quick.axes]',
             ["'sped'", "did you mean 'speedup'"],
+        ),
+        *(
+            ("[quick.axes]", f'[[expected]]\nclaim = "c"\nmetric = "speedup"\nvalue = 1\nsource = "s"\n{wrong}\n[quick.axes]', words)
+            for wrong, words in [
+                ('arm = "wid"\nagainst = ["masked"]', ["'wid'", "did you mean 'wide'"]),
+                ('arm = "wide"\nagainst = ["maskd"]', ["'maskd'", "did you mean 'masked'"]),
+                ('arm = "wide"\nagainst = ["masked"]\nwhere = { pixels = 64 }', ["'pixels'", "must be str", "64"]),
+            ]
         ),
         ("[quick.axes]", '[[expected]]\nclaim = "c"\nmetric = "speedup"\narm = "masked"\nsource = "s"\n[quick.axes]', ["'c'", "value"]),
     ],

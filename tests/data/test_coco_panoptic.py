@@ -17,6 +17,7 @@ from emca_bench.data import IGNORE, ClassInfo, CocoPanoptic, find_dataset_folder
 from emca_bench.data.coco_panoptic import coco_folder, palette
 from emca_bench.data.targets import panoptic_targets
 from emca_bench.errors import UsageError
+from emca_bench.measure.accuracy import check_data
 
 NAMES = ("b_front", "a_side")
 CATEGORIES = [{"id": 11, "name": "window", "isthing": 1}, {"id": 40, "name": "wall", "isthing": 0, "color": [1, 2, 3]}]
@@ -43,7 +44,7 @@ def write_split(folder: Path, split: str, change: Callable[[dict[str, Any]], obj
         {"id": IDS[1], "category_id": 11, "iscrowd": 0},
         {"id": IDS[2], "category_id": 11, "iscrowd": 1},
     ]
-    data: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
+    data: dict[str, Any] = {"images": [], "annotations": [], "categories": [dict(entry) for entry in CATEGORIES]}
     for number, name in enumerate(NAMES, start=5):
         Image.new("RGB", (16, 12), (9, 8, 7)).save(folder / "images" / split / f"{name}.jpg")
         encoded(truth_map()).save(folder / f"panoptic_{split}" / f"{name}.png")
@@ -98,6 +99,24 @@ def test_given_classes_set_the_order(tmp_path: Path):
     expect("has the category 'window' (did you mean 'windows'?); known: wall, windows", lambda: CocoPanoptic(
         "fronts", "val", **arguments, classes=[ClassInfo("windows", True, (0, 0, 0)), classes[1]]
     ))  # fmt: skip
+
+
+def test_classes_do_not_depend_on_the_order_in_which_a_split_lists_them(tmp_path: Path):
+    write_split(tmp_path, "train")
+    write_split(tmp_path, "val", lambda data: data["categories"].reverse())
+    one, other = read(tmp_path, "train"), read(tmp_path, "val")
+    assert one.classes == other.classes
+    assert [info.name for info in one.classes] == ["window", "wall"]
+    np.testing.assert_array_equal(one.read(0).semantic, other.read(0).semantic)
+
+
+def test_splits_of_other_classes_cannot_be_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_split(tmp_path / "fronts", "train")
+    write_split(tmp_path / "fronts", "val", lambda data: data["categories"][1].update(name="brick"))
+    monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
+    cell = {"dataset": "fronts", "test_split": "val", "image_size": "64x64", "steps": 1, "batch": 1, "seed": 0}
+    expect("dataset 'fronts': class 1 of split 'val' is 'brick', expected 'wall' as in 'train'", lambda: check_data(cell))
+    check_data({**cell, "test_split": "train"})
 
 
 def test_the_fingerprint_follows_the_data_and_not_the_place(tmp_path: Path):

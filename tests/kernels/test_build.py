@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,28 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match=r"no C\+\+ compiler: 'no-such-compiler' is not on the path"):
         built_library(NATIVE)
+
+
+@needs_tools
+def test_folders_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is handed files that exist, and a definition as one word."""
+    odd = tmp_path / "it's a $HOME: of kernels"
+    shutil.copytree(NATIVE.sources, odd / "native")
+    monkeypatch.setenv("EMCA_CACHE", str(odd / "cache"))
+    check = """
+case "$1" in --version) exit 0;; esac
+expected=file
+for word; do
+  case "$expected" in input) [ -f "$word" ] || { echo "error: no $word" >&2; exit 1; };; output) : > "$word";; esac
+  expected=other
+  case "$word" in -c) expected=input;; -o) expected=output;; esac
+done"""
+    monkeypatch.setenv("CXX", compiler(odd, check))
+
+    class Elsewhere(type(NATIVE)):  # type: ignore[misc]
+        sources = odd / "native"
+
+    assert built_library(Elsewhere()).is_file()
 
 
 @needs_tools

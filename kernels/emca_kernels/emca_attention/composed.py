@@ -7,7 +7,7 @@ from torch import Tensor
 
 from emca_kernels.backends import RefusedError, explain_backend
 from emca_kernels.emca_attention.arguments import Attended, Projections
-from emca_kernels.emca_attention.reference import finish, project, rows_at
+from emca_kernels.emca_attention.reference import attend_around
 from emca_kernels.masks import Mask, parts_of
 
 
@@ -24,16 +24,15 @@ def emca_attention(
     residual: str,
 ) -> Attended:
     """See `emca_kernels.emca_attention`."""
-    projected_BQD, folded_BQC = project(queries_BQC, query_position_BQC, projections)
     parts = (*parts_of(mask), position_BPC)
-    if selection == "argmax":
-        indices, _ = torch.ops.emca.select_prototypes(features_BPC, folded_BQC, *parts, 1, 1, None)
-        rows_BQC, kept_BQ = rows_at(features_BPC, position_BPC, indices[:, :, 0, 0]), indices[:, :, 0, 0]
-    else:
-        asked_BQC = None if selection == "mean" else folded_BQC if scale is None else folded_BQC * scale
-        pooled, logsumexp = torch.ops.emca.pool_prototypes(features_BPC, asked_BQC, *parts, 1, None)
-        rows_BQC, kept_BQ = pooled[:, :, 0], logsumexp[:, :, 0]
-    return finish(rows_BQC, kept_BQ, projected_BQD, queries_BQC, projections, residual)
+
+    def select(queries_BQC: Tensor) -> Tensor:
+        return torch.ops.emca.select_prototypes(features_BPC, queries_BQC, *parts, 1, 1, None)[0]
+
+    def pool(queries_BQC: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.emca.pool_prototypes(features_BPC, queries_BQC, *parts, 1, None)
+
+    return attend_around(select, pool, features_BPC, queries_BQC, position_BPC, query_position_BQC, projections, scale, selection, residual)
 
 
 def refuses(

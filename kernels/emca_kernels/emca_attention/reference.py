@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,13 +26,35 @@ def emca_attention(
     residual: str,
 ) -> Attended:
     """See `emca_kernels.emca_attention`."""
+
+    def select(queries_BQC: Tensor) -> Tensor:
+        return select_prototypes(features_BPC, queries_BQC, allowed_BQP, position_BPC, k=1, heads=1)[0]
+
+    def pool(queries_BQC: Tensor | None) -> tuple[Tensor, Tensor]:
+        return pool_prototypes(features_BPC, queries_BQC, allowed_BQP, position_BPC, heads=1)
+
+    return attend_around(select, pool, features_BPC, queries_BQC, position_BPC, query_position_BQC, projections, scale, selection, residual)
+
+
+def attend_around(
+    select: Callable[[Tensor], Tensor],
+    pool: Callable[[Tensor | None], tuple[Tensor, Tensor]],
+    features_BPC: Tensor,
+    queries_BQC: Tensor,
+    position_BPC: Tensor | None,
+    query_position_BQC: Tensor | None,
+    projections: Projections,
+    scale: Tensor | None,
+    selection: str,
+    residual: str,
+) -> Attended:
+    """The layer around a search for one pixel (indices [B, Q, 1, 1]) or around a weighted mean of pixels ([B, Q, 1, C] and [B, Q, 1])."""
     projected_BQD, folded_BQC = project(queries_BQC, query_position_BQC, projections)
     if selection == "argmax":
-        indices, _ = select_prototypes(features_BPC, folded_BQC, allowed_BQP, position_BPC, k=1, heads=1)
-        rows_BQC, kept_BQ = rows_at(features_BPC, position_BPC, indices[:, :, 0, 0]), indices[:, :, 0, 0]
+        kept_BQ = select(folded_BQC)[:, :, 0, 0]
+        rows_BQC = rows_at(features_BPC, position_BPC, kept_BQ)
     else:
-        asked_BQC = None if selection == "mean" else folded_BQC if scale is None else folded_BQC * scale
-        pooled, logsumexp = pool_prototypes(features_BPC, asked_BQC, allowed_BQP, position_BPC, heads=1)
+        pooled, logsumexp = pool(None if selection == "mean" else folded_BQC if scale is None else folded_BQC * scale)
         rows_BQC, kept_BQ = pooled[:, :, 0], logsumexp[:, :, 0]
     return finish(rows_BQC, kept_BQ, projected_BQD, queries_BQC, projections, residual)
 

@@ -6,7 +6,7 @@ import platform
 from itertools import product
 from pathlib import Path
 
-from emca_kernels.build import Recipe, find_host_compiler, torch_flags, torch_libraries
+from emca_kernels.build import Recipe, find_host_compiler, ninja_path, ninja_words, torch_flags, torch_libraries
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 OPERATORS = ("host", "ops", "deformable_ops")
@@ -33,17 +33,19 @@ class NativeRecipe(Recipe):
         """See `Recipe`."""
         lines = [
             "rule compile",
-            f"  command = {compiler} {' '.join(FLAGS)} $flags -c $in -o $out",
+            f"  command = {ninja_words(compiler, *FLAGS)} $flags -c $in -o $out",
             "rule link",
-            f"  command = {compiler} -shared $in -o $out {torch_libraries('torch_cpu', 'c10')}",
+            f"  command = {ninja_words(compiler, '-shared')} $in -o $out {ninja_words(*torch_libraries('torch_cpu', 'c10'))}",
         ]
         objects: list[str] = []
         for source in OPERATORS:
             objects.append(f"{source}.o")
-            lines += [f"build {objects[-1]}: compile {self.sources / source}.cpp", f"  flags = {torch_flags()}"]
+            lines += [f"build {objects[-1]}: compile {ninja_path(self.sources / f'{source}.cpp')}"]
+            lines += [f"  flags = {ninja_words(*torch_flags())}"]
         for source, (name, flags) in product(KERNELS, INSTRUCTION_SETS.items()):
             objects.append(f"{source}-{name}.o")
-            lines += [f"build {objects[-1]}: compile {self.sources / source}.cpp", f"  flags = -DISA={name} {' '.join(flags)}"]
+            lines += [f"build {objects[-1]}: compile {ninja_path(self.sources / f'{source}.cpp')}"]
+            lines += [f"  flags = {ninja_words(f'-DISA={name}', *flags)}"]
         return [*lines, f"build linked.so: link {' '.join(objects)}"]
 
 

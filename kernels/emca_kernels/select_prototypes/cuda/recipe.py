@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from emca_kernels.build import BuildError, Recipe, find_host_compiler, torch_flags, torch_libraries
+from emca_kernels.build import BuildError, Recipe, find_host_compiler, ninja_path, ninja_words, torch_flags, torch_libraries
 
 # a: wgmma is in no other architecture
 ARCHITECTURE = "-gencode=arch=compute_90a,code=sm_90a"
@@ -32,12 +32,12 @@ class CudaRecipe(Recipe):
         """See `Recipe`."""
         return [
             "rule compile",
-            f"  command = {' '.join(compile_command(compiler))} $flags -c $in -o $out",
+            f"  command = {ninja_words(*compile_command(compiler))} $flags -c $in -o $out",
             "rule link",
-            f"  command = {compiler} -shared $in -o $out {torch_libraries('torch_cuda', 'torch_cpu', 'c10')}",
-            f"build launch.o: compile {self.sources / 'launch.cu'}",
-            f"build ops.o: compile {self.sources / 'ops.cpp'}",
-            f"  flags = -DUSE_CUDA {torch_flags()}",
+            f"  command = {ninja_words(compiler, '-shared')} $in -o $out {ninja_words(*torch_libraries('torch_cuda', 'torch_cpu', 'c10'))}",
+            f"build launch.o: compile {ninja_path(self.sources / 'launch.cu')}",
+            f"build ops.o: compile {ninja_path(self.sources / 'ops.cpp')}",
+            f"  flags = {ninja_words('-DUSE_CUDA', *torch_flags())}",
             "build linked.so: link launch.o ops.o",
         ]
 
