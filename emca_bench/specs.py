@@ -21,9 +21,9 @@ from emca_bench.errors import UsageError, did_you_mean, listing
 SCHEMA = 1
 """Version of the record and key format; records of another schema are never mixed in."""
 
-SCOPES = ("kernel", "attention", "decoder", "model", "end_to_end")
+SCOPES = ("kernel", "attention", "decoder", "model", "end_to_end", "training_step")
 """kernel: one call of an operator, or of a ceiling. attention: one cross-attention call. decoder: mask decoder on given features.
-model: images to predictions. end_to_end: images to label maps."""
+model: images to predictions. end_to_end: images to label maps. training_step: images and truth to the gradients of all losses."""
 
 TASKS = ("semantic", "panoptic")
 """semantic: one mask per class; mIoU. panoptic: one mask per segment; PQ, and AP and mIoU of the same model."""
@@ -80,7 +80,8 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "steps": (int, "optimiser steps (measures accuracy and mechanism)"),
     "learning_rate": (float, "peak learning rate (measure accuracy)"),
     "recipe": (str, "named numbers of a training, short by default: short, mask2former (measure accuracy)"),
-    "points": (int, "sampled points per mask in matching and losses (measure accuracy)"),
+    "points": (int, "sampled points per mask in matching and losses (measure accuracy, scope training_step)"),
+    "segments": (int, "generated true segments per image (scope training_step)"),
     "backbone_multiplier": (float, "of the learning rate of a pretrained backbone (measure accuracy)"),
     "weight_decay": (float, "of AdamW; norms and embeddings have none (measure accuracy)"),
     "warmup": (float, "share of the steps over which the learning rate rises (measure accuracy)"),
@@ -121,6 +122,7 @@ REQUIRED = {
     "kernel": ("op", "pixels", "width", "batch"),
     "attention": ("pixels", "queries", "width", "batch"),
     "model": ("model", "image_size", "classes", "batch"),
+    "training_step": ("model", "image_size", "classes", "batch", "points", "segments"),
     "mechanism": ("need", "pixels", "queries", "width", "batch", "steps", "seed"),
     "accuracy": ("model", "dataset", "steps", "batch", "seed", "image_size"),
 }
@@ -579,9 +581,11 @@ class _Reader:
             scope = str(cell.params["scope"])
             trains = next((measure for measure in ("accuracy", "mechanism") if measure in study.measures), None)
             kind = trains if trains is not None else scope if scope in REQUIRED else "model"
-            uncounted = scope == "kernel" or cell.params.get("pass", PASSES[0]) != PASSES[0]
+            uncounted = scope in ("kernel", "training_step") or cell.params.get("pass", PASSES[0]) != PASSES[0]
             if uncounted and {"macs", "accuracy"} & set(study.measures):
-                raise UsageError(f"{self.path}: scope kernel and pass forward_backward take measures latency and memory only")
+                raise UsageError(
+                    f"{self.path}: scopes kernel and training_step and pass forward_backward take measures latency and memory only"
+                )
             for name in REQUIRED[kind]:
                 if name not in cell.params:
                     raise UsageError(f"{self.path}: scope {cell.params['scope']!r} needs parameter {name!r} ({PARAMETERS[name][1]})")

@@ -168,8 +168,7 @@ def own_segments(predictions: Predictions, target: Targets) -> Segments:
     """The segment that each query of one image is matched to, int64 [Q], -1 for none."""
     own = np.full(predictions.class_logits.shape[1], -1, dtype=np.int64)
     if len(target.labels):
-        weights = {"class_weight": 2.0, "mask_weight": 5.0, "dice_weight": 5.0}
-        [match] = match_segments(predictions, [target], points=MATCHING_POINTS, **weights)
+        [match] = match_segments(predictions, [target], points=MATCHING_POINTS, class_weight=2.0, mask_weight=5.0, dice_weight=5.0)
         own[match.queries.numpy()] = match.segments.numpy()
     return own
 

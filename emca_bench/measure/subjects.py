@@ -16,6 +16,7 @@ from emca_bench.measure.inputs import DTYPES, ImpossibleError, Maker
 from emca_bench.measure.kernels import Work, check_kernel, kernel_call, with_backward
 from emca_bench.measure.rivals import build_measured
 from emca_bench.measure.runtimes import run_model
+from emca_bench.measure.training_step import training_step
 from emca_bench.models import CrossAttention, build_model
 from emca_bench.models.mask2former import SIZE_DIVISIBILITY
 from emca_bench.specs import Arm, parse_size
@@ -146,6 +147,9 @@ def _model_subject(arm: Arm, params: Mapping[str, Any], maker: Maker) -> Subject
 
     images = maker.normal(batch, 3, height, width).mul_(50).add_(128)
     maker.place(model)
+    if params["scope"] == "training_step":
+        step, parameters = training_step(model, images, params, maker)
+        return Subject(model, step, pixels, queries, batch, kept=tuple(parameters))
     running = run_model(str(params.get("runtime", "eager")), model, images)
     calls = {"model": running.predict, "end_to_end": running.label, "decoder": running.decode}
     call = calls[str(params["scope"])]

@@ -121,7 +121,8 @@ class Criterion(nn.Module):
                 for logits, (_, points_NS2, true_NS) in zip(logits_Nhw, chosen, strict=True)
             ]
             sums_L2.append(torch.stack([torch.stack(pair).sum(1) for pair in losses]))
-        cross_entropy_L, dice_L = (sum(sums_L2) / _segments_per_process(targets, sums_L2[0].device)).unbind(1)
+        segments = _segments_per_process(targets, sums_L2[0].device)
+        cross_entropy_L, dice_L = (torch.stack(sums_L2).sum(0) / segments).unbind(1)
         return {"loss_mask": cross_entropy_L, "loss_dice": dice_L}
 
 

@@ -93,6 +93,7 @@ SCOPE_NAMES = {
     "decoder": "mask decoder",
     "model": "whole model",
     "end_to_end": "end to end",
+    "training_step": "training step",
 }
 """Words for what is measured."""
 
@@ -123,6 +124,7 @@ _PHRASES = {
     "overlap_threshold": "overlap threshold {}",
     "test_split": "evaluated on {}",
     "points": "{} points",
+    "segments": "{} segments",
     "seed": "seed {}",
     "train_images": "{} training images",
     "test_images": "{} test images",

@@ -12,7 +12,7 @@ from emca_bench.stats import Mean, Ratio
 
 KERNEL_SCOPES = ("kernel",)
 ATTENTION_SCOPES = ("attention",)
-MODEL_SCOPES = ("decoder", "model", "end_to_end")
+MODEL_SCOPES = ("decoder", "model", "end_to_end", "training_step")
 
 
 @dataclass(frozen=True, kw_only=True)
