@@ -105,12 +105,30 @@ def panoptic(
         things: per class, whether it is countable.
         object_threshold, overlap_threshold: in 0..1.
     """
+    scores_BQ, categories_BQ = _at_least_float(predictions.class_logits).softmax(-1).max(-1)
+    kept_BQ = (categories_BQ != predictions.class_logits.shape[-1] - 1) & (scores_BQ > object_threshold)
+    # two looks at values on the host, for all images at once: which queries take part, and what became of them
+    kept = [
+        torch.tensor([query for query, keep in enumerate(kept_Q) if keep], dtype=torch.int64, device=scores_BQ.device)
+        for kept_Q in kept_BQ.tolist()
+    ]
+    owned = [
+        _owners(logits_Qhw[queries_N][None], scores_Q[queries_N], predictions.image_size, size)
+        for logits_Qhw, scores_Q, queries_N in zip(predictions.mask_logits, scores_BQ, kept, strict=True)
+    ]
+    survives = torch.cat([_survivors(counts_3N, overlap_threshold) for _, counts_3N in owned])
+    found = torch.stack(
+        [
+            survives.to(scores_BQ.dtype),
+            *(torch.cat([row[queries_N] for row, queries_N in zip(rows, kept, strict=True)]) for rows in (categories_BQ, scores_BQ)),
+        ]
+    ).T.tolist()
     results = []
-    for class_logits_QK, mask_logits_Qhw in zip(predictions.class_logits, predictions.mask_logits, strict=True):
-        scores_Q, categories_Q = class_logits_QK.softmax(-1).max(-1)
-        kept = (categories_Q != class_logits_QK.shape[-1] - 1) & (scores_Q > object_threshold)
-        masks = _Masks(mask_logits_Qhw[kept], predictions.image_size, size)
-        results.append(_panoptic_of_image(scores_Q[kept], categories_Q[kept], masks, things, overlap_threshold))
+    for owner_HW, counts_3N in owned:
+        own, found = found[: counts_3N.shape[1]], found[counts_3N.shape[1] :]
+        ids, segments = _segments([(bool(survived), int(category), score) for survived, category, score in own], things)
+        table = torch.tensor([*ids, 0], dtype=torch.int32, device=owner_HW.device)
+        results.append(Panoptic(table.index_select(0, owner_HW.flatten()).view(owner_HW.shape), segments))
     return results
 
 
@@ -128,64 +146,65 @@ def instances(predictions: Predictions, size: tuple[int, int], *, things: Sequen
         things: per class, whether it is countable.
         most: pairs per image, before stuff is dropped.
     """
-    countable_K = torch.tensor(list(things), device=predictions.class_logits.device)
+    probability_BQK = _at_least_float(predictions.class_logits).softmax(-1)[..., :-1]
+    classes = probability_BQK.shape[2]
+    scores_BN, pairs_BN = probability_BQK.flatten(1).topk(min(most, probability_BQK[0].numel()))
     results = []
-    for class_logits_QK, mask_logits_Qhw in zip(predictions.class_logits, predictions.mask_logits, strict=True):
-        probability_QK = class_logits_QK.softmax(-1)[:, :-1]
-        scores_N, pairs_N = probability_QK.flatten().topk(min(most, probability_QK.numel()))
-        queries_N, categories_N = pairs_N // probability_QK.shape[1], pairs_N % probability_QK.shape[1]
-        kept = countable_K[categories_N]
-        masks = _Masks(mask_logits_Qhw[queries_N[kept]], predictions.image_size, size)
-        masks_NHW, inside_N = _instance_masks(masks)
-        scores_N, order = (scores_N[kept] * inside_N).sort(descending=True, stable=True)
-        results.append(Instances(scores_N, categories_N[kept][order], masks_NHW[order]))
+    # the only look at values on the host, for all images at once
+    for logits_Qhw, scores_N, pairs_N, pairs in zip(predictions.mask_logits, scores_BN, pairs_BN, pairs_BN.tolist(), strict=True):
+        kept = [index for index, pair in enumerate(pairs) if things[pair % classes]]
+        # a query may be in several pairs, its mask is made once
+        queries = sorted({pairs[index] // classes for index in kept})
+        place = {query: index for index, query in enumerate(queries)}
+        kept_N, mask_of_N, queries_M = (
+            torch.tensor(chosen, dtype=torch.int64, device=scores_N.device)
+            for chosen in (kept, [place[pairs[index] // classes] for index in kept], queries)
+        )
+        masks_NHW = torch.empty(len(kept), *size, dtype=torch.bool, device=scores_N.device)
+        inside_M = _instance_masks(logits_Qhw[queries_M][None], predictions.image_size, size, out=masks_NHW)
+        scores_N, order_N = (scores_N[kept_N] * inside_M[mask_of_N]).sort(descending=True, stable=True)
+        for rows in _parts(size[0], len(kept) * size[1]):
+            masks_NHW[:, rows] = masks_NHW[: len(queries), rows][mask_of_N[order_N]]
+        results.append(Instances(scores_N, (pairs_N[kept_N] % classes)[order_N], masks_NHW))
     return results
 
 
-@dataclass(frozen=True, eq=False)
-class _Masks:
-    """Mask logits [N, h, w] that are wanted at a size, as parts that respect CHUNK."""
-
-    logits_Nhw: Tensor
-    image_size: tuple[int, int]
-    size: tuple[int, int]
-
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which of the N, and a fresh tensor of their logits at the size."""
-        for part in _parts(len(self.logits_Nhw), self.size[0] * self.size[1]):
-            logits_nHW = _resized(self.logits_Nhw[None, part], self.image_size)
-            if tuple(self.image_size) != tuple(self.size):
-                logits_nHW = F.interpolate(logits_nHW, size=self.size, mode="bilinear", align_corners=False)
-            yield part, logits_nHW[0]
+def _instance_masks(logits_1Mhw: Tensor, image_size: tuple[int, int], size: tuple[int, int], *, out: Tensor) -> Tensor:
+    """Writes where logits are positive to bool [at least M, H, W]; returns the mean mask probability there [M]."""
+    sums_2M = _at_least_float(logits_1Mhw).new_zeros(2, logits_1Mhw.shape[1])
+    for rows, logits_1MhW in _strips(logits_1Mhw, image_size, size):
+        masks_MhW = logits_1MhW[0] > 0
+        out[: len(masks_MhW), rows] = masks_MhW
+        sums_2M += torch.stack([(logits_1MhW[0].sigmoid_() * masks_MhW).sum((1, 2)), masks_MhW.sum((1, 2))])
+    return sums_2M[0] / sums_2M[1].clamp(min=1)
 
 
-def _instance_masks(masks: _Masks) -> tuple[Tensor, Tensor]:
-    """Where logits are positive, bool [N, H, W], and the mean mask probability there [N]."""
-    count = len(masks.logits_Nhw)
-    masks_NHW = torch.zeros(count, *masks.size, dtype=torch.bool, device=masks.logits_Nhw.device)
-    inside_N = masks.logits_Nhw.new_zeros(count)
-    for part, logits_nHW in masks.parts():
-        masks_nHW = torch.gt(logits_nHW, 0, out=masks_NHW[part])
-        inside_N[part] = (logits_nHW.sigmoid_() * masks_nHW).flatten(1).sum(1) / masks_nHW.flatten(1).sum(1).clamp(min=1)
-    return masks_NHW, inside_N
+def _owners(logits_1Nhw: Tensor, scores_N: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Which query each pixel belongs to, int32 [H, W], N where it is outside of that query's mask.
 
-
-def _panoptic_of_image(scores_N: Tensor, categories_N: Tensor, masks: _Masks, things: Sequence[bool], overlap_threshold: float) -> Panoptic:
+    Beside it pixels int64 [3, N]: of each mask, of those won, and of those won inside of the mask.
+    """
     count = len(scores_N)
-    if not count:
-        return Panoptic(torch.zeros(masks.size, dtype=torch.int32, device=scores_N.device), ())
-    best, own = _Best(), []
-    for part, logits_nHW in masks.parts():
-        masks_nHW = logits_nHW.sigmoid_()
-        own.append((masks_nHW >= 0.5).flatten(1).sum(1))
-        best.update(masks_nHW.mul(scores_N[part, None, None]), part.start, beside=masks_nHW)
-    owner_HW, inside_HW = best.index, best.beside >= 0.5
-    own_N = torch.cat(own)
-    won_N = torch.bincount(owner_HW.flatten(), minlength=count)
-    visible_N = torch.bincount(owner_HW[inside_HW], minlength=count)
-    survives_N = (own_N > 0) & (visible_N > 0) & (won_N >= overlap_threshold * own_N)
-    # the only look at values on the host, for all queries at once
-    found = zip(survives_N.tolist(), categories_N.tolist(), scores_N.tolist(), strict=True)
+    owner_HW = torch.full(size, count, dtype=torch.int32, device=scores_N.device)
+    counts_3N = torch.zeros(3, count, dtype=torch.int64, device=scores_N.device)
+    for rows, logits_1NhW in _strips(logits_1Nhw, image_size, size):
+        masks_NhW = logits_1NhW[0].sigmoid_()
+        best_hW = (masks_NhW * scores_N[:, None, None]).max(0).indices
+        inside_hW = masks_NhW.gather(0, best_hW[None])[0] >= 0.5
+        counts_3N[0] += (masks_NhW >= 0.5).sum((1, 2))
+        won = torch.stack([torch.ones_like(inside_hW), inside_hW]).flatten(1).long()
+        counts_3N[1:].scatter_add_(1, best_hW.flatten().expand(2, -1), won)
+        owner_HW[rows] = torch.where(inside_hW, best_hW, count).int()
+    return owner_HW, counts_3N
+
+
+def _survivors(counts_3N: Tensor, overlap_threshold: float) -> Tensor:
+    own_N, won_N, visible_N = counts_3N
+    return (own_N > 0) & (visible_N > 0) & (won_N >= overlap_threshold * own_N)
+
+
+def _segments(found: Sequence[tuple[bool, int, float]], things: Sequence[bool]) -> tuple[list[int], tuple[PanopticSegment, ...]]:
+    """Ids of queries that (survived, have a category, have a score), 0 for none, and the segments that they make."""
     ids: list[int] = []
     segments: list[PanopticSegment] = []
     stuff: dict[int, int] = {}
@@ -198,29 +217,24 @@ def _panoptic_of_image(scores_N: Tensor, categories_N: Tensor, masks: _Masks, th
         ids.append(len(segments))
         if not things[category]:
             stuff[category] = len(segments)
-    table_N = torch.tensor(ids, dtype=torch.int32, device=owner_HW.device)
-    return Panoptic(table_N[owner_HW] * inside_HW, tuple(segments))
+    return ids, tuple(segments)
 
 
 @dataclass
 class _Best:
-    """Maximum over parts of a dimension: the index of the first greatest value, and what lies beside it in another tensor."""
+    """The index of the first greatest value over parts of a dimension."""
 
     value: Tensor | None = None
     index: Tensor = field(default_factory=lambda: torch.empty(0))
-    beside: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def update(self, values: Tensor, start: int, *, dim: int = 0, beside: Tensor | None = None) -> None:
-        """Take a part that begins at an index in; `beside` has its shape."""
-        index = values.argmax(dim, keepdim=True)
-        value, other = (part.gather(dim, index).squeeze(dim) for part in (values, values if beside is None else beside))
-        index = index.squeeze(dim) + start
+    def update(self, values: Tensor, start: int, *, dim: int) -> None:
+        """Take a part that begins at an index in."""
+        value, index = values.max(dim)
         if self.value is None:
-            self.value, self.index, self.beside = value, index, other
+            self.value, self.index = value, index + start
             return
         better = value > self.value
-        self.value = torch.where(better, value, self.value)
-        self.index, self.beside = torch.where(better, index, self.index), torch.where(better, other, self.beside)
+        self.value, self.index = torch.where(better, value, self.value), torch.where(better, index + start, self.index)
 
 
 def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
@@ -233,21 +247,56 @@ def _parts(count: int, pixels: int, most: int | None = None) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _score_strips(predictions: Predictions) -> Iterator[Tensor]:
-    """Class scores [B, classes, h, W] at the size of the unpadded input, a strip of rows at a time.
+def _strips(logits_BNhw: Tensor, image_size: tuple[int, int], size: tuple[int, int], *, beside: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of the result, and a fresh tensor [B, N, rows, W] of logits there; nothing where N is 0.
 
     The numbers of a pixel lie together: masks are resized, summed into classes and compared without a change of layout.
+
+    Args:
+        logits_BNhw: [B, N, h, w] of the padded input.
+        image_size: (H, W) of the unpadded input.
+        size: (H, W) of the result.
+        beside: numbers of a pixel that the caller makes of the N, where they may be more.
     """
-    logits_BQhw, (height, width) = predictions.mask_logits, predictions.image_size
+    batch, queries, _, across = logits_BNhw.shape
+    height, width = image_size
+    most = min(STRIP, CHUNK) if logits_BNhw.device.type == "cpu" else CHUNK
+    numbers = batch * max(queries, beside)
+    if not queries:
+        return
+    if tuple(size) == tuple(image_size):
+        for rows in _parts(-(-height // MASK_STRIDE), MASK_STRIDE**2 * numbers * across, most):
+            yield slice(MASK_STRIDE * rows.start, min(MASK_STRIDE * rows.stop, height)), _rows(logits_BNhw, rows, image_size)
+        return
+    step = height / size[0]
+    for rows in _parts(size[0], numbers * max(size[1], -int(-step // 1) * width), most):
+        # centres of pixels on centres of pixels, as in a resize in one piece
+        at = ((torch.arange(rows.start, rows.stop, device=logits_BNhw.device, dtype=torch.float64) + 0.5) * step - 0.5).clamp(min=0)
+        first, last = (int(max(0.0, (row + 0.5) * step - 0.5)) for row in (rows.start, rows.stop - 1))
+        read = slice(first // MASK_STRIDE, min(-(-height // MASK_STRIDE), (last + 1) // MASK_STRIDE + 1))
+        source_BhwN = _rows(logits_BNhw, read, image_size).permute(0, 2, 3, 1)
+        above = at.long()
+        below = (above + 1).clamp(max=height - 1)
+        upper, lower = (source_BhwN.index_select(1, row - MASK_STRIDE * read.start) for row in (above, below))
+        mixed_BhwN = upper.lerp(lower, (at - above).to(upper.dtype)[:, None, None])
+        yield rows, F.interpolate(mixed_BhwN.permute(0, 3, 1, 2), size=(len(at), size[1]), mode="bilinear", align_corners=False)
+
+
+def _rows(logits_BNhw: Tensor, rows: slice, image_size: tuple[int, int]) -> Tensor:
+    """Logits [B, N, rows, W] of the unpadded input where these rows of the stored ones lie, as a resize in one piece has them."""
+    height, width = image_size
+    # a row of context on either side
+    low, high = max(0, rows.start - 1), min(logits_BNhw.shape[2], rows.stop + 1)
+    strip = _at_least_float(logits_BNhw[:, :, low:high]).contiguous(memory_format=torch.channels_last)
+    strip = _resized(strip, (MASK_STRIDE * (high - low), width))
+    return strip[:, :, MASK_STRIDE * (rows.start - low) : min(MASK_STRIDE * rows.stop, height) - MASK_STRIDE * low]
+
+
+def _score_strips(predictions: Predictions) -> Iterator[Tensor]:
+    """Class scores [B, classes, h, W] at the size of the unpadded input, a strip of rows at a time."""
     probability_BKQ = _at_least_float(predictions.class_logits).softmax(-1)[..., :-1].mT.contiguous()
-    row = logits_BQhw.shape[0] * max(probability_BKQ.shape[1:]) * MASK_STRIDE * logits_BQhw.shape[3]
-    most = min(STRIP, CHUNK) if logits_BQhw.device.type == "cpu" else CHUNK
-    for rows in _parts(-(-height // MASK_STRIDE), MASK_STRIDE * row, most):
-        # a row of context on either side: what a resize in one piece would see
-        low, high = max(0, rows.start - 1), min(logits_BQhw.shape[2], rows.stop + 1)
-        strip = _at_least_float(logits_BQhw[:, :, low:high]).contiguous(memory_format=torch.channels_last)
-        strip = _resized(strip, (MASK_STRIDE * (high - low), width))
-        strip = strip[:, :, MASK_STRIDE * (rows.start - low) : min(MASK_STRIDE * rows.stop, height) - MASK_STRIDE * low]
+    size = predictions.image_size
+    for _, strip in _strips(predictions.mask_logits, size, size, beside=probability_BKQ.shape[1]):
         yield _class_scores(strip.sigmoid().permute(0, 2, 3, 1), probability_BKQ).permute(0, 3, 1, 2)
 
 
@@ -263,13 +312,11 @@ def _at_least_float(logits: Tensor) -> Tensor:
 
 
 def _scores_of_resized_masks(predictions: Predictions, size: tuple[int, int]) -> Tensor:
-    """Class scores [B, classes, H, W] from masks at the size of the result, summed over parts of the queries."""
-    probability_BQK = _at_least_float(predictions.class_logits).softmax(-1)[..., :-1]
-    scores_BKHW = probability_BQK.new_zeros(probability_BQK.shape[0], probability_BQK.shape[2], *size)
-    for scores_KHW, probability_QK, logits_Qhw in zip(scores_BKHW, probability_BQK, predictions.mask_logits, strict=True):
-        for part, logits_qHW in _Masks(_at_least_float(logits_Qhw), predictions.image_size, size).parts():
-            scores_KHW += torch.einsum("qk,qhw->khw", probability_QK[part], logits_qHW.sigmoid_())
-    return scores_BKHW
+    """Class scores [B, classes, H, W] from masks at the size of the result."""
+    probability_BKQ = _at_least_float(predictions.class_logits).softmax(-1)[..., :-1].mT.contiguous()
+    strips = _strips(predictions.mask_logits, predictions.image_size, size, beside=probability_BKQ.shape[1])
+    scores = [_class_scores(strip.sigmoid().permute(0, 2, 3, 1), probability_BKQ).permute(0, 3, 1, 2) for _, strip in strips]
+    return _joined(scores, dim=2)
 
 
 def _resized(mask_logits_BQhw: Tensor, image_size: tuple[int, int]) -> Tensor:

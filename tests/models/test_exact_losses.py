@@ -80,7 +80,7 @@ def predict(leaves: list[Tensor], *, made: bool) -> Predictions:
 
 
 def make_truths(counts: list[int], size: tuple[int, int]) -> list[Truth]:
-    """A mask is empty, one nearly full, and where nothing is labelled no mask is true; classes differ, so that no two matches cost the same."""
+    """A mask is empty, one nearly full, some pixels are nobody's; classes differ, so that no two matches cost the same."""
     truths = []
     for count in counts:
         masks = F.interpolate(torch.randn(1, count, 5, 7), size=[4 * side for side in size], mode="bilinear")[0] > 0.2 if count else None

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from emca_bench import inference
 from emca_bench.inference import instances, panoptic, semantic, semantic_scores
+from emca_bench.measure.memory import peak_memory_bytes
 from emca_bench.models import Predictions
 
 THINGS = (True, True, False, False)
@@ -38,9 +40,9 @@ def random_predictions(*, queries: int, confident: float, dtype: torch.dtype = t
     return Predictions(class_logits, mask_logits, SIZE)
 
 
-def published_panoptic(scores, categories, masks, overlap):
+def published_panoptic(scores, categories, masks, overlap, size=SIZE):
     """The published loop over queries, one at a time."""
-    ids, found, memory = torch.zeros(SIZE, dtype=torch.int32), [], {}
+    ids, found, memory = torch.zeros(size, dtype=torch.int32), [], {}
     if not len(scores):
         return ids, found
     owner = (scores[:, None, None] * masks).argmax(0)
@@ -170,9 +172,86 @@ def test_no_tensor_at_full_resolution_holds_all_queries(name: str, size: tuple[i
     monkeypatch.setattr(inference, "CHUNK", 12 * pixels)
     with LargestTensor() as largest:
         RESULTS[name](predictions, size)
-    # a strip has 8 rows of context beside its own
-    assert largest.numel <= 12 * pixels + 8 * queries * 48
+    # a strip has rows of context beside its own
+    assert largest.numel <= 12 * pixels + 8 * queries * 60
     monkeypatch.setattr(inference, "CHUNK", 2**40)
     with LargestTensor() as whole:
         RESULTS[name](predictions, size)
     assert whole.numel > 2 * largest.numel
+
+
+@pytest.mark.parametrize("size", [(29, 45), (41, 30), (17, 91)])
+def test_results_at_another_size_are_those_of_masks_resized_twice(size: tuple[int, int]):
+    predictions = random_predictions(queries=12, confident=6.0)
+    predictions = Predictions(predictions.class_logits, predictions.mask_logits, (29, 45))
+    full = torch.nn.functional.interpolate(predictions.mask_logits, size=SIZE, mode="bilinear")[..., :29, :45]
+    full = torch.nn.functional.interpolate(full, size=size, mode="bilinear")
+    for found, class_logits, logits in zip(RESULTS["panoptic"](predictions, size), predictions.class_logits, full, strict=True):
+        scores, categories = class_logits.softmax(-1).max(-1)
+        kept = (categories < len(THINGS)) & (scores > 0.3)
+        ids, segments = published_panoptic(scores[kept], categories[kept], logits[kept].sigmoid(), 0.8, size)
+        assert torch.equal(found.ids, ids)
+        assert [segment.category for segment in found.segments] == segments
+    for found, logits in zip(RESULTS["instances"](predictions, size), full, strict=True):
+        assert len(found.masks) == 12 * sum(THINGS)
+        wanted = sorted(int((logits[query] > 0).sum()) for query in range(12) for thing in THINGS if thing)
+        assert sorted(found.masks.flatten(1).sum(1).tolist()) == wanted
+    summed = torch.einsum("bqk,bqhw->bkhw", predictions.class_logits.softmax(-1)[..., :-1], full.sigmoid())
+    assert torch.allclose(semantic_scores(predictions, size, resize_masks=True), summed)
+
+
+@pytest.mark.parametrize("name", ["panoptic", "instances"])
+def test_nothing_is_kept_of_no_objects(name: str):
+    class_logits = torch.full((2, 5, len(THINGS) + 1), -20.0)
+    class_logits[..., 2] = 20
+    class_logits[..., -1] = 60 if name == "panoptic" else 0
+    for found in RESULTS[name](Predictions(class_logits, torch.randn(2, 5, 8, 12), SIZE), SIZE):
+        if name == "panoptic":
+            assert found.ids.shape == SIZE
+            assert found.ids.dtype == torch.int32
+            assert not found.ids.any()
+            assert found.segments == ()
+        else:
+            # the best pairs are things of score zero
+            assert all(score < 1e-6 for score in found.scores.tolist())
+
+
+class Looks(TorchFunctionMode):
+    """Counts what takes values of tensors to the host, or would wait for a device."""
+
+    NAMES = ("tolist", "item", "cpu", "numpy", "nonzero", "bincount", "masked_select", "unique", "__bool__", "__int__", "__float__")
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.count += 1
+        if getattr(func, "__name__", "") == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.count += any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in index)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [SIZE, (17, 23)])
+def test_values_go_to_the_host_once_or_twice_whatever_the_number_of_images_and_queries(size: tuple[int, int]):
+    predictions = random_predictions(queries=30, confident=6.0)
+    with Looks() as looks:
+        assert any(found.segments for found in panoptic(predictions, size, things=THINGS, object_threshold=0.3, overlap_threshold=0.0))
+    assert looks.count == 2
+    with Looks() as looks:
+        instances(predictions, size, things=THINGS)
+    assert looks.count == 1
+
+
+@pytest.mark.parametrize("size", [(512, 512), (300, 700)])
+def test_peak_memory_is_that_of_the_result_and_a_strip(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    """Counted allocations; all masks at full size would be 100 numbers a pixel."""
+    monkeypatch.setattr(inference, "CHUNK", 2**20)
+    class_logits = 9 * torch.randn(1, 100, len(THINGS) + 1)
+    predictions = Predictions(class_logits, torch.randn(1, 100, 128, 128), (512, 512))
+    pixels, strips = size[0] * size[1], 8 * 4 * 2**20
+    peak = peak_memory_bytes(lambda: RESULTS["panoptic"](predictions, size), device="cpu")
+    # ids, owners, and the logits of the queries that take part
+    assert peak < 16 * pixels + predictions.mask_logits.nbytes + strips < 4 * 100 * pixels
+    [found] = RESULTS["instances"](predictions, size)
+    peak = peak_memory_bytes(lambda: RESULTS["instances"](predictions, size), device="cpu")
+    assert peak < found.masks.nbytes + predictions.mask_logits.nbytes + strips
