@@ -230,14 +230,16 @@ class MaskDecoder(nn.Module):
         ):
             level = levels[index % len(levels)]
             normed, embedding = self._embed(queries)
-            masks = self._masks(embedding, mask_features, lazy=lazy) if auxiliary or resized is None else None
-            if auxiliary and masks is not None:
-                earlier.append(Predictions(self.class_embed(normed), masks, image_size))
-            if resized is not None:
-                allowed = self._allowed_from_features(embedding, resized[index % len(levels)])
+            prediction = None
+            if auxiliary or resized is None:
+                prediction = Predictions(self.class_embed(normed), self._masks(embedding, mask_features, lazy=lazy), image_size)
+            if auxiliary and prediction is not None:
+                earlier.append(prediction)
+            if resized is None:
+                assert prediction is not None
+                allowed = self._allowed_from_logits(prediction.mask_logits, level.shape)
             else:
-                assert isinstance(masks, Tensor)
-                allowed = self._allowed_from_logits(masks, level.shape)
+                allowed = self._allowed_from_features(embedding, resized[index % len(levels)])
             queries = cross(queries, query_pos, level.features_BPC, level.position_PC, allowed, shape=level.shape)
             queries = ffn(among(queries, query_pos))
         normed, embedding = self._embed(queries)
