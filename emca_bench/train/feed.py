@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from emca_bench.data import Augmentation, Dataset, Sample
+from emca_bench.data import Dataset, Sample
 from emca_bench.data.targets import Targets, collate
 from emca_bench.train.recipe import Recipe
 
@@ -79,7 +79,7 @@ class Steps(TorchDataset[Batch]):
         self.samples, self.recipe, self.task = samples, recipe, task
         share = recipe.batch // processes
         self._slots = range(rank * share, (rank + 1) * share)
-        self._augment = Augmentation(recipe.crop, scale=recipe.scale, short_side=recipe.short_side)
+        self._augment = recipe.augmentation()
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
