@@ -72,8 +72,8 @@ class Augmentation:
         """The transformed sample, of size `self.size`, without the segments that left the picture."""
         # which segments are left is asked once, at the end: finding the ids of a map is the dearest part of a step
         segments, sample = sample.segments, replace(sample, segments=())
-        sample = resize(sample, self._scale(sample.size, rng))
-        sample = crop(sample, self._window(sample.semantic, rng))
+        size = scaled_size(sample.size, self._scale(sample.size, rng))
+        sample = part_of_resized(sample, size, self._window(sample.semantic, size, rng))
         if self.flip and rng.random() < 0.5:
             sample = flip(sample)
         sample = replace(sample, image=COLOR_JITTERS[self.color](sample.image, rng))
@@ -91,11 +91,11 @@ class Augmentation:
             return scale
         return min(scale * self.short_side / min(size), LONGEST_SIDE * self.short_side / max(size))
 
-    def _window(self, semantic: npt.NDArray[np.uint8], rng: np.random.Generator) -> Window:
-        """A crop of a label map; the last one drawn where none has enough categories."""
+    def _window(self, semantic: npt.NDArray[np.uint8], size: tuple[int, int], rng: np.random.Generator) -> Window:
+        """A crop of a label map that is scaled to a size; the last one drawn where none has enough categories."""
         for _ in range(CROP_TRIES):
-            window = window_at(semantic.shape, self.size, (rng.random(), rng.random()))
-            if self.category_area == 1 or largest_share(semantic[window]) < self.category_area:
+            window = window_at(size, self.size, (rng.random(), rng.random()))
+            if self.category_area == 1 or largest_share(nearest(semantic, size, window)) < self.category_area:
                 break
         return window
 
@@ -113,19 +113,28 @@ def window_at(size: Sequence[int], wanted: Sequence[int], place: tuple[float, fl
     return slice(top, top + wanted[0]), slice(left, left + wanted[1])
 
 
-def resize(sample: Sample, scale: float) -> Sample:
-    """The sample scaled by a factor: the image bilinearly (antialiased), the labels by nearest neighbour."""
-    H, W = (max(1, round(side * scale)) for side in sample.size)
-    image = np.array(Image.fromarray(sample.image).resize((W, H), Image.Resampling.BILINEAR))
-    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((H, W), sample.size, strict=True))
-    panoptic = None if sample.panoptic is None else sample.panoptic[rows[:, None], columns]
-    return _with_maps(sample, image, sample.semantic[rows[:, None], columns], panoptic)
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """(H, W) times a factor, a pixel at least."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def crop(sample: Sample, window: Window) -> Sample:
-    """The part of a sample within a window."""
-    panoptic = None if sample.panoptic is None else sample.panoptic[window]
-    return _with_maps(sample, sample.image[window], sample.semantic[window], panoptic)
+def part_of_resized(sample: Sample, size: tuple[int, int], window: Window) -> Sample:
+    """What a window shows of the sample scaled to (H, W): the image bilinearly (antialiased), the labels by nearest neighbour.
+
+    Only that part is made: of a large picture it is a fraction of the work.
+    """
+    (top, bottom), (left, right) = (part.indices(side)[:2] for part, side in zip(window, size, strict=True))
+    down, across = (old / new for old, new in zip(sample.size, size, strict=True))
+    box = (left * across, top * down, right * across, bottom * down)
+    picture = Image.fromarray(sample.image).resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
+    panoptic = None if sample.panoptic is None else nearest(sample.panoptic, size, window)
+    return _with_maps(sample, np.array(picture), nearest(sample.semantic, size, window), panoptic)
+
+
+def nearest(labels: Labels, size: tuple[int, int], window: Window) -> Labels:
+    """What a window shows of labels [h, w] scaled to (H, W): the nearest neighbours of the pixels' centres."""
+    rows, columns = (((2 * np.arange(new) + 1) * old // (2 * new))[part] for new, old, part in zip(size, labels.shape, window, strict=True))
+    return labels[rows[:, None], columns]
 
 
 def flip(sample: Sample) -> Sample:
