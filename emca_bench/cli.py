@@ -350,7 +350,7 @@ def feed(arguments: argparse.Namespace, argv: list[str]) -> int:
             seconds=arguments.seconds,
             on_loader=lambda count: print(f"{count} loader processes ...", file=sys.stderr),
         )
-        print("\n".join([*describe(feeding, cell.label()), f"the study has {own}: steps wait {feeding.waiting(own):.0%} of the time"]))
+        print("\n".join(describe(feeding, cell.label(), own=own)))
         starved |= feeding.waiting(own) > TOLERATED
     return FAILED if starved else OK
 

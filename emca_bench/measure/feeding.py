@@ -12,6 +12,7 @@ from typing import Any
 from emca_bench.data import open_dataset
 from emca_bench.measure.training import built_model, first_samples, recipe_of
 from emca_bench.models.criterion import Criterion
+from emca_bench.progress import clock
 from emca_bench.specs import Arm
 from emca_bench.train import Processes, Recipe
 from emca_bench.train.feed import PREFETCHED, Steps, feed
@@ -19,6 +20,9 @@ from emca_bench.train.loop import Trainer
 
 WARM_STEPS, TIMED_STEPS = 3, 10
 """The first steps choose algorithms and grow pools of memory."""
+
+ENDLESS = 2**31
+"""Steps."""
 
 TOLERATED = 0.02
 """Share of the time that steps may wait before data count as too slow."""
@@ -31,7 +35,7 @@ class Feeding:
     """What was measured.
 
     Attributes:
-        recipe: of the cell, without an end.
+        recipe: of the cell.
         step_seconds: median time of a step whose batch is at hand.
         loaders: images a second by number of loader processes; from the disk or from the system's cache, as the files happen to be.
     """
@@ -49,6 +53,10 @@ class Feeding:
         """Share of the time that steps wait for images with a number of loader processes; with 0, batches are made between steps."""
         rate = self.loaders[processes]
         return max(0.0, 1 - rate / self.needed) if processes else self.needed / (self.needed + rate)
+
+    def seconds(self, processes: int) -> float:
+        """What all steps of the training take with a number of loader processes."""
+        return self.recipe.steps * self.step_seconds / (1 - self.waiting(processes))
 
     @property
     def enough(self) -> int | None:
@@ -71,10 +79,10 @@ def measure_feeding(
     Raises:
         UsageError: see `recipe_of` and the data set.
     """
-    recipe = replace(recipe_of(params), steps=2**31)
+    recipe = recipe_of(params)
     task = str(params.get("task", "semantic"))
     samples = first_samples(open_dataset(str(params["dataset"]), "train"), int(params.get("train_images", 0)))
-    steps = Steps(samples, recipe, task)
+    steps = Steps(samples, replace(recipe, steps=ENDLESS), task)
     step = step_seconds(arm, params, steps, recipe)
     rates = {}
     for count in processes:
@@ -113,13 +121,14 @@ def loader_rate(steps: Steps, processes: int, seconds: float) -> float:
     return made * steps.recipe.batch / (time.perf_counter() - started)
 
 
-def describe(feeding: Feeding, label: str) -> list[str]:
-    """The lines that `emca-bench feed` prints."""
-    recipe, needed = feeding.recipe, feeding.needed
+def describe(feeding: Feeding, label: str, *, own: int) -> list[str]:
+    """The lines that `emca-bench feed` prints; `own` is the number of loader processes that the study has."""
+    recipe = feeding.recipe
     size = f"batch {recipe.batch} of {recipe.crop[0]}x{recipe.crop[1]}"
-    lines = [f"{label}, {size}: a step takes {1e3 * feeding.step_seconds:.0f} ms and needs {needed:.1f} images/s"]
+    lines = [f"{label}, {size}: a step takes {1e3 * feeding.step_seconds:.0f} ms and needs {feeding.needed:.1f} images/s"]
     lines.append(f"{'loader processes':>18} {'images/s':>10} {'steps wait':>12}")
     lines += [f"{count:18d} {rate:10.1f} {feeding.waiting(count):12.0%}" for count, rate in feeding.loaders.items()]
-    if feeding.enough is None:
-        return [*lines, "with none of these do the images keep up"]
-    return [*lines, f"loader_workers = {feeding.enough} keeps up"]
+    enough = feeding.enough
+    lines.append("with none of these do the images keep up" if enough is None else f"loader_workers = {enough} keeps up")
+    waits, whole = feeding.waiting(own), clock(feeding.seconds(own))
+    return [*lines, f"the study has {own}: steps wait {waits:.0%} of the time, and its {recipe.steps} steps take {whole}"]
