@@ -17,7 +17,7 @@ from emca_bench.errors import UsageError, did_you_mean, listing
 
 if TYPE_CHECKING:
     from emca_bench.progress import Progress
-    from emca_bench.specs import Study
+    from emca_bench.specs import Cell, Study
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -68,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_study_arguments(sub)
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--tensorboard", type=Path, help="folder for curves, a folder below it for each cell")
+    sub = verb("feed", feed, "time a study's training steps and its loader processes: do the images keep up?")
+    _add_study_arguments(sub, out=False)
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub.add_argument("--processes", default="1,2,4,8", metavar="N,N,...", help="numbers of loader processes, 1,2,4,8 by default")
+    sub.add_argument("--seconds", type=float, default=10.0, help="for which a loader is watched, 10 by default")
     sub = verb("report", report, "render the report of a run folder")
     sub.add_argument("run", type=Path, help="run folder")
     sub.add_argument("--out", type=Path, help="folder of the report, the run folder by default")
@@ -102,11 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_study_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     parser.add_argument("study", help="name in ablations/ or path of a TOML file")
     parser.add_argument("--quick", action="store_true", help="the study's [quick] table: every path in minutes, no verdicts")
     parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="only cells with this arm or parameter")
-    parser.add_argument("--out", type=Path, help=f"run folder, {DEFAULT_RUNS}/STUDY by default")
+    if out:
+        parser.add_argument("--out", type=Path, help=f"run folder, {DEFAULT_RUNS}/STUDY by default")
 
 
 def _complain(message: str) -> int:
@@ -120,15 +126,32 @@ def _load(arguments: argparse.Namespace) -> tuple[list[Study], list[Study], Path
 
     path = find_study(arguments.study)
     whole = load_studies(path, quick=arguments.quick)
+    quick = "-quick" if arguments.quick else ""
+    return [study.only(_conditions(arguments)) for study in whole], whole, arguments.out or DEFAULT_RUNS / f"{path.stem}{quick}"
+
+
+def _conditions(arguments: argparse.Namespace) -> dict[str, str]:
+    """What --only asks for."""
     conditions = {}
     for condition in arguments.only:
         name, equals, value = condition.partition("=")
         if not equals:
             raise UsageError(f"--only {condition!r} is not of the form KEY=VALUE")
         conditions[name] = value
-    part = [study.only(conditions) for study in whole]
-    quick = "-quick" if arguments.quick else ""
-    return part, whole, arguments.out or DEFAULT_RUNS / f"{path.stem}{quick}"
+    return conditions
+
+
+def _trainings(arguments: argparse.Namespace, part: Sequence[Study]) -> list[Cell]:
+    """The cells that train on images, on the device that is asked for, once their data are known to be there."""
+    from emca_bench.measure.accuracy import check_data
+    from emca_bench.runner import on_device
+
+    cells = [cell for study in on_device(part, arguments.device) if "accuracy" in study.measures for cell in study.cells()]
+    if not cells:
+        raise UsageError(f"study {arguments.study!r} trains nothing; expected one with the measure 'accuracy'")
+    for cell in {(cell.arm.name, cell.params["dataset"]): cell for cell in cells}.values():
+        check_data(cell.params)
+    return cells
 
 
 def _list_studies() -> list[tuple[str, str]]:
@@ -280,20 +303,14 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def train(arguments: argparse.Namespace, argv: list[str]) -> int:
     """`emca-bench train`."""
-    from emca_bench.measure.accuracy import check_data
     from emca_bench.measure.training import train_cell
     from emca_bench.progress import Progress
-    from emca_bench.runner import checkpoint_path, on_device
+    from emca_bench.runner import checkpoint_path
     from emca_bench.train import Processes
 
     part, _, folder = _load(arguments)
-    cells = [cell for study in on_device(part, arguments.device) if "accuracy" in study.measures for cell in study.cells()]
-    if not cells:
-        raise UsageError(f"study {arguments.study!r} trains nothing; expected one with the measure 'accuracy'")
-    for cell in {(cell.arm.name, cell.params["dataset"]): cell for cell in cells}.values():
-        check_data(cell.params)
     scored = _scored(folder, arguments.device)
-    cells = [cell for cell in cells if cell.key("accuracy") not in scored]
+    cells = [cell for cell in _trainings(arguments, part) if cell.key("accuracy") not in scored]
     processes = Processes(arguments.device)
     with Progress([("train", cell.key("accuracy")) for cell in cells], stream=None if processes.first else io.StringIO()) as progress:
         for cell in cells:
@@ -313,6 +330,39 @@ def train(arguments: argparse.Namespace, argv: list[str]) -> int:
         print(f"trained: {count} in {folder}. To score: {shlex.join(['emca-bench', 'run', *_same_run(argv)])}")
     processes.end()
     return OK
+
+
+def feed(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """`emca-bench feed`: of each data set, the first cell of the study."""
+    from emca_bench.measure.feeding import TOLERATED, describe, measure_feeding
+    from emca_bench.specs import find_study, load_studies
+
+    counts = _counts(arguments.processes)
+    studies = [study.only(_conditions(arguments)) for study in load_studies(find_study(arguments.study), quick=arguments.quick)]
+    first = {cell.params["dataset"]: cell for cell in reversed(_trainings(arguments, studies))}
+    starved = False
+    for cell in reversed(first.values()):
+        own = int(cell.params.get("loader_workers", 0))
+        feeding = measure_feeding(
+            cell.arm,
+            cell.params,
+            processes=sorted({own, *counts}),
+            seconds=arguments.seconds,
+            on_loader=lambda count: print(f"{count} loader processes ...", file=sys.stderr),
+        )
+        print("\n".join(describe(feeding, cell.label(), own=own)))
+        starved |= feeding.waiting(own) > TOLERATED
+    return FAILED if starved else OK
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [-1]
+    if min(counts) < 0:
+        raise UsageError(f"--processes {text!r}: expected numbers, 0 for none, separated by commas, for example 1,2,4,8")
+    return counts
 
 
 def _scored(folder: Path, device: str) -> set[str]:

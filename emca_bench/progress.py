@@ -17,12 +17,13 @@ PLAIN_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Running:
-    """A task under way: its kind and identity, seconds so far, and the share of 0..1 that is done."""
+    """A task under way: its kind and identity, seconds so far, the share of 0..1 that is done, and the share that it began with."""
 
     kind: str
     identity: Hashable
     seconds: float
     share: float
+    begun: float = 0.0
 
 
 class Eta:
@@ -58,10 +59,10 @@ class Eta:
         left: dict[str, list[float]] = defaultdict(list)
         durations = defaultdict(list, {kind: list(known) for kind, known in self._kinds.items()})
         for task in running:
-            if task.share > 0:
-                whole = task.seconds / task.share
+            if task.share > task.begun:
+                whole = task.seconds / (task.share - task.begun)
                 todo.remove((task.kind, task.identity))
-                left[task.kind].append(whole - task.seconds)
+                left[task.kind].append(whole * (1 - task.share))
                 if task.kind not in self._kinds:
                     durations[task.kind].append(whole)
         means = {kind: fmean(known) for kind, known in durations.items()}
@@ -84,11 +85,12 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class Shown:
-    """A task under way as it is shown."""
+    """A task under way as it is shown; one that goes on from a checkpoint begins with a share."""
 
     kind: str
     label: str
     started: float
+    begun: float = 0.0
     share: float = 0.0
     text: str = ""
 
@@ -129,13 +131,15 @@ class Progress:
     def update(self, identity: Hashable, share: float, text: str) -> None:
         """A task under way is done to a share of 0..1."""
         shown = self._running[identity]
+        if not shown.text and share < 1:
+            shown.begun = share
         shown.share, shown.text = share, text
         self._show(shown)
 
     def finish(self, identity: Hashable) -> None:
         """A task under way is done."""
         shown = self._running.pop(identity)
-        self._eta.finished(shown.kind, identity, time.monotonic() - shown.started)
+        self._eta.finished(shown.kind, identity, (time.monotonic() - shown.started) / (1 - shown.begun))
         self.done += 1
         self._show(Shown(shown.kind, shown.label, shown.started), force=self.done == self.total)
 
@@ -145,7 +149,9 @@ class Progress:
 
     def _show(self, latest: Shown, *, force: bool = False) -> None:
         now = time.monotonic()
-        running = [Running(shown.kind, identity, now - shown.started, shown.share) for identity, shown in self._running.items()]
+        running = [
+            Running(shown.kind, identity, now - shown.started, shown.share, shown.begun) for identity, shown in self._running.items()
+        ]
         self._display.show(self.done, self.total, latest, list(self._running.values()), self._eta.text(running), force=force)
 
 

@@ -78,6 +78,12 @@ def finished_slots(records: Sequence[Record]) -> set[tuple[str, str, int]]:
     return {record.slot for record in records if record.status != "failed"}
 
 
+def measured_elsewhere(todo: Sequence[Task], done: set[tuple[str, str, int]]) -> int:
+    """How many of the tasks have a record, but not one of this context."""
+    known = {slot[1:] for slot in done}
+    return sum((task.key, task.round) in known for task in todo)
+
+
 def run(
     studies: Sequence[Study],
     folder: Path,
@@ -125,15 +131,12 @@ def run(
             partial.unlink()
         at_once = {measure: 1 if measure in ALONE else jobs for measure in MEASURES}
         with Progress([(task.measure, task.key) for task in todo], at_once=at_once) as progress:
-            for number, group in itertools.groupby(todo, key=lambda task: at_once[task.measure]):
-                for task, result in _results(workers, list(group), folder, number, progress):
-                    record = _record(task, result, environment["context"], at_once[task.measure])
-                    writer.append(record)
-                    if record.status == "ok":
-                        checkpoint_path(folder, task.key).unlink(missing_ok=True)
-                    outcome.count(record.status)
-                    if record.status != "ok":
-                        progress.note(f"{record.status}: {task.measure} {task.cell.label()}: {record.reason}")
+            if elsewhere := measured_elsewhere(todo, done):
+                progress.note(f"{elsewhere} of {len(todo)} are there from another machine, version or number of threads, and come anew")
+            for record in _records(workers, todo, outcome, environment["context"], at_once, progress):
+                writer.append(record)
+                if record.status == "ok":
+                    checkpoint_path(folder, record.key).unlink(missing_ok=True)
     return outcome
 
 
@@ -156,17 +159,25 @@ def on_device(studies: Sequence[Study], device: str) -> list[Study]:
     return moved
 
 
-def _results(workers: Workers, tasks: Sequence[Task], folder: Path, at_once: int, progress: Progress) -> Iterator[tuple[Task, Message]]:
-    """Tasks with their results as they come in, shown as they go."""
-    for number, message in workers.answers([_request(task, folder) for task in tasks], at_once=at_once):
-        task = tasks[number]
-        if message["kind"] == "started":
-            progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
-        elif message["kind"] == "progress":
-            progress.update(task.key, message["done"] / message["total"], message["text"])
-        else:
-            yield task, message
-            progress.finish(task.key)
+def _records(
+    workers: Workers, tasks: Sequence[Task], outcome: Outcome, context: str, at_once: Mapping[str, int], progress: Progress
+) -> Iterator[Record]:
+    """The record of each task as it comes in; those that share the machine side by side, shown and counted as they go."""
+    for number, group in itertools.groupby(tasks, key=lambda task: at_once[task.measure]):
+        together = list(group)
+        for index, message in workers.answers([_request(task, outcome.folder) for task in together], at_once=number):
+            task = together[index]
+            if message["kind"] == "started":
+                progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
+            elif message["kind"] == "progress":
+                progress.update(task.key, message["done"] / message["total"], message["text"])
+            else:
+                record = _record(task, message, context, number)
+                yield record
+                progress.finish(task.key)
+                outcome.count(record.status)
+                if record.status != "ok":
+                    progress.note(f"{record.status}: {task.measure} {task.cell.label()}: {record.reason}")
 
 
 def _request(task: Task, folder: Path, *, do: str = "") -> dict[str, Any]:

@@ -91,6 +91,11 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "ema": (float, "decay of the average of the weights that is evaluated, 0 for none (measure accuracy)"),
     "frozen_norms": (bool, "whether batch norms keep what they have in training (measure accuracy)"),
     "short_side": (int, "shorter side of training images in pixels at scale 1, 0 for their own (measure accuracy)"),
+    "color": (str, "how colours are jittered: none, simple, ssd (measure accuracy)"),
+    "category_area": (
+        float,
+        "share of one category at which a training crop is drawn anew, 1 for no limit (measure accuracy)",
+    ),
     "loader_workers": (int, "processes that read and augment images; 0 holds all images in memory (measure accuracy)"),
     "diagnostic_images": (int, "validation images on which prototypes are looked at, 0 for none (measure accuracy)"),
     "keep_weights": (bool, "whether the run folder keeps the trained weights (measure accuracy)"),
@@ -102,7 +107,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
 
 RECIPE_NUMBERS = (
     *("steps", "batch", "learning_rate", "backbone_multiplier", "weight_decay", "warmup", "schedule", "clip_norm", "points"),
-    *("precision", "ema", "frozen_norms", "short_side", "seed"),
+    *("precision", "ema", "frozen_norms", "short_side", "color", "category_area", "seed"),
 )
 """Parameters that are numbers of the recipe, under the same names."""
 

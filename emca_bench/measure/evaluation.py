@@ -96,7 +96,13 @@ class Evaluation:
         return Results(labels, whole, single)
 
     def values(self) -> dict[str, Any]:
-        """What a record keeps, in 0..100; None for what no test image has."""
+        """What a record keeps, in 0..100; None for what no test image has.
+
+        Raises:
+            UsageError: the test images have no labelled pixel at all.
+        """
+        if np.isnan(self.semantic.miou()):
+            raise UsageError("the test images have no labelled pixel; expected at least one to score")
         found: dict[str, Any] = {
             "miou": 100 * self.semantic.miou(),
             "class_iou": self._by_class(self.semantic.class_iou()),

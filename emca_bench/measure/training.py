@@ -60,10 +60,7 @@ def train_cell(
     name, seed = str(params["dataset"]), int(params["seed"])
     processes = processes or Processes(str(params.get("device", "cpu")))
     dataset = open_dataset(name, "train")
-    torch.manual_seed(seed)
-    overrides = model_overrides(arm, params)
-    model = build_model(str(params["model"]), num_classes=len(dataset.classes), **overrides)
-    model = model.to(processes.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, overrides = built_model(arm, params, classes=len(dataset.classes), device=processes.device)
     workers = int(params.get("loader_workers", 0))
     images = training_images(params)
     recipe = recipe_of(params)
@@ -82,6 +79,14 @@ def train_cell(
         on_step=on_step,
     )
     return Trained(model=model, recipe=recipe, log=log, images=images)
+
+
+def built_model(arm: Arm, params: Mapping[str, Any], *, classes: int, device: torch.device) -> tuple[Mask2Former, dict[str, Any]]:
+    """The model of a cell as its seed makes it, on a device, and what it was built with."""
+    torch.manual_seed(int(params["seed"]))
+    overrides = model_overrides(arm, params)
+    model = build_model(str(params["model"]), num_classes=classes, **overrides)
+    return model.to(device).to(memory_format=torch.channels_last), overrides  # type: ignore[call-overload]
 
 
 def checkpoint_seconds() -> float:

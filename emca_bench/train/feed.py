@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from emca_bench.data import Augmentation, Dataset, Sample
+from emca_bench.data import Dataset, Sample
 from emca_bench.data.targets import Targets, collate
+from emca_bench.errors import UsageError
 from emca_bench.train.recipe import Recipe
 
 Samples = Sequence[Sample] | Dataset
@@ -79,7 +80,7 @@ class Steps(TorchDataset[Batch]):
         self.samples, self.recipe, self.task = samples, recipe, task
         share = recipe.batch // processes
         self._slots = range(rank * share, (rank + 1) * share)
-        self._augment = Augmentation(recipe.crop, scale=recipe.scale, short_side=recipe.short_side)
+        self._augment = recipe.augmentation()
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -100,12 +101,30 @@ class Steps(TorchDataset[Batch]):
         return self._augment(chosen, np.random.default_rng([self.recipe.seed, epoch, position]))
 
 
+class _Told(TorchDataset[Batch | UsageError]):
+    """Steps for loader processes: what is wrong with an image is handed over, since torch wraps what is raised in a traceback."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> Batch | UsageError:
+        try:
+            return self.steps[step]
+        except UsageError as error:
+            return error
+
+
 def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
-    """Batches from a step on, made in this process or ahead of time in `workers` others: the same either way."""
+    """Batches from a step on, made in this process or ahead of time in `workers` others: the same either way.
+
+    Raises:
+        UsageError: an image that cannot be used, when its batch is due.
+    """
     if workers == 0:
-        return (steps[step] for step in range(start, len(steps)))
+        yield from (steps[step] for step in range(start, len(steps)))
+        return
     loader = DataLoader(
-        steps,
+        _Told(steps),
         batch_size=None,
         sampler=range(start, len(steps)),
         num_workers=workers,
@@ -113,4 +132,7 @@ def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
         # a fork of a process with threads of torch may hang; a child of a fork server would outlive a parent that is killed
         multiprocessing_context="spawn",
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UsageError):
+            raise batch
+        yield batch

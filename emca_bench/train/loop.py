@@ -104,7 +104,7 @@ def train(
         raise UsageError(f"batch={recipe.batch} cannot be shared by {processes.count} processes; expected a multiple of their number")
     if not len(samples):
         raise UsageError(f"{label}: there are no training images; expected at least 1")
-    run = _Run(model, recipe, Criterion(classes=classes, points=recipe.points), processes, pretrained_backbone=pretrained_backbone)
+    run = Trainer(model, recipe, Criterion(classes=classes, points=recipe.points), processes, pretrained_backbone=pretrained_backbone)
     identity = {"recipe": asdict(recipe), **files.identity}
     run.restore(None if files.checkpoint is None else load_state(files.checkpoint, identity))
     if processes.mean(torch.tensor(float(run.step), device=processes.device)).item() != run.step:
@@ -139,7 +139,7 @@ def train(
     return log
 
 
-class _Run:
+class Trainer:
     """Model, optimiser and average, and one step of them."""
 
     def __init__(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emca_bench.data import Augmentation
 from emca_bench.errors import UsageError, did_you_mean, listing
 from emca_bench.models.mask2former import Mask2Former
 
@@ -29,8 +30,7 @@ class Recipe:
         steps: optimiser steps.
         batch: images per step, of all processes together.
         crop: (H, W) of the augmented training crops.
-        scale: least and greatest factor of the scale jitter in front of the crop.
-        short_side: the shorter side in pixels that a factor of 1 gives; 0 for the image's own.
+        scale, scale_draw, short_side, category_area, color: see `data.Augmentation`.
         learning_rate: peak, of everything but a pretrained backbone.
         backbone_multiplier: of the learning rate of a pretrained backbone.
         weight_decay: of AdamW; norms and embeddings have none.
@@ -48,7 +48,10 @@ class Recipe:
     batch: int
     crop: tuple[int, int]
     scale: tuple[float, float] = (0.75, 1.5)
+    scale_draw: str = "log"
     short_side: int = 0
+    category_area: float = 1.0
+    color: str = "simple"
     learning_rate: float = 1e-3
     backbone_multiplier: float = 0.1
     weight_decay: float = 0.05
@@ -66,9 +69,15 @@ class Recipe:
             raise UsageError(f"training needs steps, batch and points of at least 1, positive learning_rate and clip_norm; found {self}")
         if not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1 or min(self.short_side, self.seed) < 0:
             raise UsageError(f"training needs 0 <= ema < 1, 0 <= warmup <= 1, short_side and seed of at least 0; found {self}")
+        self.augmentation()
         for name, found, known in (("schedule", self.schedule, SCHEDULES), ("precision", self.precision, PRECISIONS)):
             if found not in known:
                 raise UsageError(f"{name}={found!r}{did_you_mean(found, known)}; expected one of {', '.join(known)}")
+
+    def augmentation(self) -> Augmentation:
+        """Of the training images."""
+        names = ("scale", "scale_draw", "short_side", "category_area", "color")
+        return Augmentation(self.crop, **{name: getattr(self, name) for name in names})
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at a step, counted from 0."""
@@ -83,6 +92,8 @@ RECIPES: dict[str, Mapping[str, Any]] = {
     "short": {},
     "mask2former": {
         "scale": (0.5, 2.0),
+        "scale_draw": "tenths",
+        "color": "ssd",
         "learning_rate": 1e-4,
         "warmup": 0.0,
         "schedule": "poly",
@@ -92,7 +103,7 @@ RECIPES: dict[str, Mapping[str, Any]] = {
     },
 }
 """What a recipe changes in the defaults. mask2former: the published one for ADE20K and Cityscapes (steps, batch, crop and short_side
-depend on the data)."""
+depend on the data; its category_area is 1)."""
 
 
 def make_recipe(name: str, **numbers: Any) -> Recipe:

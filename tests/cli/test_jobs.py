@@ -201,6 +201,13 @@ def test_what_is_timed_says_its_threads(monkeypatch: pytest.MonkeyPatch, capsys:
     assert (runner.threads_of_each(5), runner.threads_of_each(13)) == (2, 1)
 
 
+def test_records_of_another_context_are_counted(small_study: Path):
+    tasks = runner.plan(load_studies(small_study))[:6]
+    done = {("there", tasks[0].key, tasks[0].round), ("there", tasks[5].key, tasks[5].round), ("here", "another", 0)}
+    assert runner.measured_elsewhere(tasks, done) == 2
+    assert runner.measured_elsewhere(tasks, set()) == 0
+
+
 def test_memory_that_runs_out_beside_others_suggests_fewer(small_study: Path):
     task = runner.plan(load_studies(small_study))[0]
     full = {"status": "failed", "reason": "OutOfMemoryError: emca: out of memory at step 1; try batch = 2"}

@@ -41,6 +41,7 @@ def test_verbs_and_flags_are_frozen():
         "plan": study,
         "run": sorted([*study, "--device", "--jobs", "--threads"]),
         "train": sorted([*study, "--device", "--tensorboard"]),
+        "feed": ["--device", "--only", "--processes", "--quick", "--seconds"],
         "report": ["--accuracies", "--check", "--out", "--readme"],
         "compare": [],
         "convert": ["--names"],
@@ -226,6 +227,11 @@ def test_starts_within_three_tenths_of_a_second(arguments: list[str]):
 def test_a_study_without_training_cannot_be_trained(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_path: Path):
     assert "trains nothing; expected one with the measure 'accuracy'" in complaint(capsys, "train", small_study, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", ["two", "1,,2", "-1", ""])
+def test_numbers_of_loader_processes(capsys: pytest.CaptureFixture[str], wrong: str):
+    assert f"--processes {wrong!r}: expected numbers" in complaint(capsys, "feed", "accuracy", f"--processes={wrong}")
 
 
 def test_diagnostics_need_a_validation_split(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -32,6 +32,34 @@ def test_eta_extrapolates_the_task_under_way():
     assert eta.seconds([Running("slow", 1, 30.0, 0.25)]) == (pytest.approx(90.0 + 120.0), 0)
 
 
+def test_eta_of_a_resumed_task_counts_what_was_done_since():
+    """From 40 % to 60 % in 10 seconds: 20 to go, and 50 for another one."""
+    eta = Eta([("slow", 1), ("slow", 2)])
+    assert eta.seconds([Running("slow", 1, 10.0, 0.6, 0.4)]) == (pytest.approx(20.0 + 50.0), 0)
+    assert eta.seconds([Running("slow", 1, 10.0, 0.4, 0.4)]) == (0.0, 2)
+
+
+def test_a_resumed_task_says_so_by_its_first_share(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("emca_bench.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress([("accuracy", name) for name in "ab"], stream=stream) as progress:
+        progress.start("accuracy", "a", "cell a")
+        now[0] = 10.0
+        progress.update("a", 0.5, "step 5/10")
+        now[0] = 20.0
+        progress.update("a", 0.75, "step 8/10")
+        now[0] = 30.0
+        progress.finish("a")
+    # a quarter in 20 seconds; half of it in 30, and so the other one in 60
+    assert [line.split(" | ")[0] for line in stream.getvalue().splitlines()] == [
+        "[0/2] to go ?",
+        "[0/2] to go ?",
+        "[0/2] to go 1:40",
+        "[1/2] to go 1:00",
+    ]
+
+
 def test_eta_shares_what_is_done_side_by_side():
     """Four of 100 seconds, two at once: one is at 40 %, the other at 60 %; the last one alone sets the end."""
     eta = Eta([("slow", number) for number in range(4)], {"slow": 2})

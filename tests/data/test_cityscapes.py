@@ -103,6 +103,9 @@ def test_what_is_wrong_is_named(root: Path):
     labels(root, "instanceIds").write_bytes(b"no picture")
     with pytest.raises(UsageError, match=r"cannot decode .*instanceIds.png \(10 bytes\)"):
         open_dataset("cityscapes_panoptic", "val", root=root)[0]
+    Image.fromarray(np.full((2, 4), 70000, np.int32)).save(labels(root, "instanceIds"), format="TIFF")
+    with pytest.raises(UsageError, match=r"have values in 70000\.\.70000; expected one channel of 16 bits"):
+        open_dataset("cityscapes_panoptic", "val", root=root)[0]
     Image.new("RGB", (4, 2)).save(labels(root, "instanceIds"))
     with pytest.raises(UsageError, match="have the pixel mode 'RGB'; expected one channel of 16 bits"):
         open_dataset("cityscapes_panoptic", "val", root=root)[0]

@@ -42,7 +42,7 @@ def test_sessions_of_the_commands_are_there():
 def test_commands_are_those_of_the_command_line():
     lines = [line.replace("torchrun --nproc-per-node 8 -m emca_bench", "emca-bench") for line in BASH]
     calls = [re.sub(r"^\w+=\S+ ", "", line) for line in lines if "emca-bench" in line]
-    assert len(calls) == 4
+    assert len(calls) == 6
     for call in calls:
         build_parser().parse_args(shlex.split(call)[1:])
 
@@ -56,6 +56,7 @@ def test_recipes_are_those_of_the_code():
             "gradient norm at most": f"{recipe.clip_norm}",
             "points per mask": f"{recipe.points:,}",
             "precision": recipe.precision,
+            "colour jitter (`color`)": recipe.color,
         }
 
     for column, recipe in enumerate((short, published)):

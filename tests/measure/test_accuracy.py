@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emca_bench.data import open_dataset
+from emca_bench.data import IGNORE, VOID, Sample, open_dataset
 from emca_bench.errors import UsageError
 from emca_bench.measure import accuracy, evaluation
 from emca_bench.measure.accuracy import check_data, measure_accuracy
@@ -111,6 +111,29 @@ def test_one_model_gives_all_three_results_without_a_change_of_weights(tmp_path:
     assert all(values["class_ap"][info.name] is None for info in classes if not info.thing)
     found = [value for value in values["class_pq"].values() if value is not None]
     assert values["pq"] == pytest.approx(np.mean(found))
+
+
+def unlabelled(sample: Sample) -> Sample:
+    assert sample.panoptic is not None
+    return Sample(sample.name, sample.image, np.full_like(sample.semantic, IGNORE), np.full_like(sample.panoptic, VOID))
+
+
+def test_a_test_image_without_objects_changes_no_score(tmp_path: Path):
+    """Nothing of it is scored; of test images without any label nothing can be said."""
+    scenes = open_dataset("scenes", "test")
+    model = build_model("mask2former_tiny", num_classes=10)
+    found = []
+    for samples in ([scenes[0]], [scenes[0], unlabelled(scenes[1])]):
+        scores = evaluation.Evaluation(scenes.classes, evaluation.PanopticRules(object_threshold=0.1, overlap_threshold=0.1))
+        evaluation.evaluate(model, samples, scores, shown=tmp_path, on_image=lambda done: None)
+        found.append(scores.values())
+    assert {name: found[0][name] for name in ("miou", "pq", "pixel_accuracy")} == {
+        name: found[1][name] for name in ("miou", "pq", "pixel_accuracy")
+    }
+    nothing = evaluation.Evaluation(scenes.classes, None)
+    evaluation.evaluate(model, [unlabelled(scenes[1])], nothing, shown=tmp_path, on_image=lambda done: None)
+    with pytest.raises(UsageError, match="the test images have no labelled pixel; expected at least one"):
+        nothing.values()
 
 
 def test_kept_segments_are_those_of_truth_and_results(tmp_path: Path):

@@ -138,6 +138,16 @@ def test_the_report_says_it_all(group_of, tmp_path: Path):
     assert "emca-bench run accuracy --only arm=emca`" in text
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_times_of_cells_that_shared_a_machine_say_so(make_run, synthetic, tmp_path: Path, count: int):
+    def at_once(record: Record) -> Record:
+        return replace(with_numbers(SCORES, MS)(record), values={**record.values, "cells_at_once": count})
+
+    folder = make_run(studies(synthetic)[:1], change=at_once)
+    text = render(folder, tmp_path / "out").markdown_path.read_text()
+    assert ("| At once |" in text) == (count > 1)
+
+
 def test_mechanisms_are_a_table(make_run, synthetic, tmp_path: Path):
     study = Study(
         name="mechanism",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from emca_bench.data import IGNORE, VOID, Sample
+from emca_bench.data import IGNORE, VOID, Augmentation, Sample, Segment
 from emca_bench.data.targets import collate
 from emca_bench.errors import UsageError
 from emca_bench.models import build_model
@@ -191,6 +192,61 @@ def test_images_without_objects_and_crops_without_a_valid_pixel(run: Run, scenes
         state, log = run(samples, steps=3)
         assert np.isfinite(log.losses).all()
         assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_segments_without_a_pixel_are_no_target(run: Run, scenes: list[Sample]):
+    """In the list but not in the map, and a thing that scaling to a few pixels makes vanish."""
+    sample = scenes[0]
+    listed = replace(sample, segments=(*sample.segments, Segment(id=9999, category=1, thing=True)))
+    images, targets = collate([Augmentation((64, 64), scale=(0.05, 0.2))(listed, np.random.default_rng(5))], "panoptic")
+    assert 0 < len(targets[0].labels) < len(listed.segments)
+    assert targets[0].masks.flatten(1).any(1).all()
+    # as they are, without augmentation, an empty mask is a target whose losses are numbers
+    [empty] = collate([listed], "panoptic")[1]
+    assert not empty.masks[-1].any()
+    model = build_model("mask2former_tiny", num_classes=10, queries=6).train()
+    losses = Criterion(classes=10, points=32)(model(images[:, :, :64, :64]), [empty])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert np.isfinite(run([listed], steps=2)[1].losses).all()
+
+
+def test_a_crop_beside_all_that_is_labelled(run: Run, scenes: list[Sample]):
+    """One labelled corner of a large image: most crops have none of it."""
+    whole = scenes[0]
+    semantic, ids = np.full((400, 400), IGNORE, np.uint8), np.full((400, 400), VOID, np.int32)
+    semantic[:8, :8], ids[:8, :8] = 2, 7
+    sample = Sample("corner", np.tile(whole.image, (7, 7, 1))[:400, :400], semantic, ids, (Segment(7, 2, False),))
+    steps = Steps([sample], Recipe(steps=6, batch=2, crop=(64, 64), seed=3, category_area=0.75), "panoptic")
+    counts = [count for step in range(6) for count in steps[step].counts]
+    assert 0 in counts
+    state, log = run([sample], steps=4, category_area=0.75)
+    assert np.isfinite(log.losses).all()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+class Broken:
+    """Images of which the last one cannot be read; importable by a loader process."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == len(self) - 1:
+            raise UsageError("cannot decode broken.jpg (10 bytes): image file is truncated; expected a whole image file")
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_in_one_sentence(run: Run, scenes: list[Sample], workers: int):
+    """Also where a process of its own reads it; the steps before are done."""
+    steps: list[int] = []
+    with pytest.raises(UsageError) as caught:
+        run(Broken(scenes), steps=6, workers=workers, on_step=lambda step, loss: steps.append(step))
+    assert str(caught.value) == "cannot decode broken.jpg (10 bytes): image file is truncated; expected a whole image file"
+    assert len(steps) < 3
 
 
 def test_a_checkpoint_that_not_all_processes_find_is_refused(tmp_path: Path, run: Run, scenes: list[Sample]):
