@@ -23,7 +23,9 @@ from emca_kernels.backends import RefusedError, record_backends
 from emca_bench.environment import collect_environment
 from emca_bench.errors import UsageError
 from emca_bench.measure.accuracy import check_data, measure_accuracy
+from emca_bench.measure.energy import find_meter
 from emca_bench.measure.flops import count_macs
+from emca_bench.measure.freed_memory import keep_freed_memory
 from emca_bench.measure.inputs import ImpossibleError
 from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
 from emca_bench.measure.mechanism import measure_mechanism
@@ -94,13 +96,20 @@ def _macs(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
 
 def _latency(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     settings = Settings(**request["settings"])
-    timer = cuda_timer if request["params"].get("device", "cpu") == "cuda" else cpu_timer
+    device = str(request["params"].get("device", "cpu"))
+    values: dict[str, Any] = {"freed_memory": keep_freed_memory()} if device == "cpu" else {}
     subject = _subject(request, settings)
-    with torch.inference_mode(), record_backends() as backends:
+    # a warm-up too: it compiles, tunes and fills caches
+    with torch.inference_mode(), record_backends() as values["backends"]:
         subject.call()
-    samples = sample_latency(subject.call, settings, timer=timer)
-    work = {} if subject.work is None else asdict(subject.work)
-    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": {"backends": backends, **work}}
+    meter, values["no_energy"] = find_meter(device)
+    timer = cuda_timer if device == "cuda" else cpu_timer
+    samples, joules = sample_latency(subject.call, settings, timer=timer, warmups=1, meter=meter)
+    if joules is not None:
+        values["energy_per_image_j"] = joules / (len(samples) * subject.batch)
+    values |= {} if subject.work is None else asdict(subject.work)
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": kept}
 
 
 def _memory(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:

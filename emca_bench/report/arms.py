@@ -44,19 +44,24 @@ LABELS = {
 """Words for the arms of the standard studies, in reading order; `label` spells any other arm."""
 
 WORDS = {
-    **{"emca": "EMCA", "pem": "PEM", "ca": "CA", "cuda": "CUDA", "ffn": "FFN", "bf16": "bfloat16", "fp16": "float16"},
-    **{
-        "topk": "top-K",
-        "r50": "R50",
-        "r101": "R101",
-        "swin": "Swin",
-        "t": "T",
-        "l": "L",
-        "ade": "ADE20K",
-        "city": "Cityscapes",
-        "coco": "COCO",
-    },
-    **{"rawres": "raw residual", "proj": "projected"},
+    "emca": "EMCA",
+    "pem": "PEM",
+    "ca": "CA",
+    "cuda": "CUDA",
+    "ffn": "FFN",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "topk": "top-K",
+    "r50": "R50",
+    "r101": "R101",
+    "swin": "Swin",
+    "t": "T",
+    "l": "L",
+    "ade": "ADE20K",
+    "city": "Cityscapes",
+    "coco": "COCO",
+    "rawres": "raw residual",
+    "proj": "projected",
 }
 """Parts of arm names that are not spelled as they are pronounced."""
 
