@@ -71,8 +71,8 @@ def plan(studies: Sequence[Study]) -> list[Task]:
 
 
 def finished_slots(records: Sequence[Record]) -> set[tuple[str, str, int]]:
-    """What needs no measuring again: `impossible` is an answer, `failed` is not."""
-    return {record.slot for record in records if record.status != "failed"}
+    """What needs no measuring again. `impossible` is tried again: what was missing may be there by now."""
+    return {record.slot for record in records if record.status == "ok"}
 
 
 def run(
@@ -105,7 +105,9 @@ def run(
     _prepare(folder)
     outcome = Outcome(folder)
     with RecordWriter(folder / RECORDS) as writer, Worker(folder, threads=threads or default_threads(), device=device) as worker:
-        done = finished_slots(read_records(folder / RECORDS))
+        records = read_records(folder / RECORDS)
+        done = finished_slots(records)
+        refused = {(record.slot, record.reason) for record in records if record.status == "impossible"}
         context = worker.environment["context"]
         tasks = plan(studies)
         todo = [task for task in tasks if (context, task.key, task.round) not in done]
@@ -119,7 +121,9 @@ def run(
             for task in todo:
                 progress.start(task.measure, task.key, f"{task.measure} {task.cell.label()}")
                 record = _measure(worker, task, context, progress)
-                writer.append(record)
+                # said once is enough
+                if record.status != "impossible" or (record.slot, record.reason) not in refused:
+                    writer.append(record)
                 if record.status == "ok":
                     checkpoint_path(folder, task.key).unlink(missing_ok=True)
                 progress.finish()
