@@ -53,7 +53,9 @@ def test_every_call_gets_its_own_answer_from_one_recording() -> None:
     assert (record.recorded, record.replayed) == (1, 3)
 
 
-@pytest.mark.parametrize("other", [images(1, 3, 64, 64), images(2, 3, 64, 96), images(1, 3, 64, 96).double()], ids=["size", "batch", "dtype"])
+@pytest.mark.parametrize(
+    "other", [images(1, 3, 64, 64), images(2, 3, 64, 96), images(1, 3, 64, 96).double()], ids=["size", "batch", "dtype"]
+)
 def test_other_images_are_an_error(other: Tensor) -> None:
     graphed = GraphedModel(build_model("mask2former_tiny", num_classes=3, attention="none").eval(), record=Recorder())
     graphed(images(1, 3, 64, 96))
