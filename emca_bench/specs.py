@@ -39,7 +39,8 @@ MASKS = ("none", "bool")
 
 RUNTIMES = ("eager", "optimized", "compiled", "cuda_graph", "onnxruntime", "transformers")
 """What runs a model. eager: torch, as the model is built. optimized: `emca_bench.optimize`. compiled: the same through torch.compile.
-cuda_graph: the same, recorded once and replayed. onnxruntime: exported. transformers: Hugging Face's Mask2Former with the same weights, and its own way to label maps."""
+cuda_graph: the same, recorded once and replayed. onnxruntime: exported. transformers: Hugging Face's Mask2Former with the same weights,
+and its own way to label maps."""
 
 CEILINGS = ("burst", "matmul", "copy", "read")
 """Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""

@@ -34,9 +34,7 @@ def test_energy_is_a_column_only_where_it_was_measured(make_run, synthetic):
 
 def test_a_missed_target_says_where_the_time_goes(make_run, synthetic):
     where = {"scope": "end_to_end", "image_size": "512x512"}
-    goals = [
-        Target(target="t", metric="speedup", arm="emca", against=("masked",), at_least=least, where=where) for least in (0.01, 1000.0)
-    ]
+    goals = [Target(target="t", metric="speedup", arm="emca", against=("masked",), at_least=least, where=where) for least in (0.01, 1000.0)]
     study = replace(synthetic.fps_study(), targets=tuple(goals))
     folder = make_run([study], change=saying(component_ms={"backbone": 30.0, "pixel_decoder": 60.0, "other": 10.0}))
     met, missed = targets(load_run(folder))
