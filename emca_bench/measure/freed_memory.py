@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
 
 # names and numbers of glibc's malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -17,26 +16,17 @@ _NEVER = 2**31 - 1
 _PAD = 64 * 2**20
 
 
+@cache
 def keep_freed_memory() -> str:
-    """From now on this process keeps what it frees; what it kept so far goes back, so that all cells start alike.
+    """From now on this process keeps what it frees.
 
     Returns:
         "kept", or "as the system does" where the C library has no such choice.
     """
-    libc = _kept()
-    if libc is None:
-        return "as the system does"
-    libc.malloc_trim(0)
-    return "kept"
-
-
-@cache
-def _kept() -> Any:
-    """The C library once it was told, or None."""
+    # not trimmed between cells: a host may take back what a virtual machine frees, and then the next warm-up takes half a minute
     try:
         libc = ctypes.CDLL(None)
         told = [libc.mallopt(name, value) for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _PAD))]
-        libc.malloc_trim.argtypes = [ctypes.c_size_t]
     except (AttributeError, OSError):
-        return None
-    return libc if all(told) else None
+        told = [0]
+    return "kept" if all(told) else "as the system does"
