@@ -82,7 +82,7 @@ def test_kept_memory_is_not_asked_for_again() -> None:
 
     if keep_freed_memory() != "kept":
         pytest.skip("this C library has no such choice")
-    for _ in range(2):
+    for _ in range(4):
         torch.ones(32 * 2**20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(32 * 2**20)
