@@ -82,9 +82,10 @@ def test_kept_memory_is_not_asked_for_again() -> None:
 
     if keep_freed_memory() != "kept":
         pytest.skip("this C library has no such choice")
-    for _ in range(4):
+    faults = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(32 * 2**20)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(32 * 2**20)
-    # fresh, 128 MiB are 32768 pages
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 3000
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # fresh, 128 MiB are 32768 pages at every call; a small tensor may sit in the way of some
+    assert min(faults) < 3000, faults
