@@ -26,7 +26,6 @@ from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.components import component_ms
 from emca_bench.measure.energy import find_meter
 from emca_bench.measure.flops import count_macs
-from emca_bench.measure.freed_memory import keep_freed_memory
 from emca_bench.measure.inputs import ImpossibleError
 from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
 from emca_bench.measure.mechanism import measure_mechanism
@@ -98,7 +97,7 @@ def _macs(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
 def _latency(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     settings = Settings(**request["settings"])
     device = str(request["params"].get("device", "cpu"))
-    values: dict[str, Any] = {"freed_memory": keep_freed_memory()} if device == "cpu" else {}
+    values: dict[str, Any] = {}
     subject = _subject(request, settings)
     # a warm-up too: it compiles, tunes and fills caches
     with torch.inference_mode(), record_backends() as values["backends"]:

@@ -12,8 +12,6 @@ _INTERLEAVING = """Each cell is measured once per round, in an order shuffled an
 rivals alike."""
 _LATENCY = f"""A round yields the median of its calls. A cell's latency is the geometric mean of its round medians; a speedup is the
 geometric mean of the ratios within rounds, with a Student t interval at {stats.CONFIDENCE:.0%} on their logarithms."""
-_MEMORY = """Calls on a CPU find the memory that earlier ones freed, where the C library can be told so: the time to clear fresh pages,
-which varies with the machine's state, is paid in the warm-up. Conditions say whether it was so; runs that do not say had fresh pages."""
 _SPEED = f"""Faster or slower needs an interval that excludes 1 and an estimate beyond {stats.FLOOR:.0%}; no difference needs the
 whole interval within {stats.FLOOR:.0%}. Fewer than {stats.MIN_ROUNDS} rounds are always undecided. Verdicts are not corrected for
 their number."""
@@ -40,7 +38,6 @@ def method_notes(run: Run) -> list[Block]:
     notes = {
         "Interleaving": _INTERLEAVING,
         "Latency": _LATENCY,
-        "Freed memory": _MEMORY,
         "Verdicts on speed": _SPEED,
         "Two baselines": _BASELINES,
         "Accuracy": _ACCURACY + margin,

@@ -84,7 +84,7 @@ def _conditions(found: Findings) -> list[Block]:
     measured = (*found.attention, *found.models, *(group.group for groups in found.kernels for group in groups))
     backends = {pair for group in measured for row in group.rows for pair in row.backends.items()}
     rows += [(f"backend of {op}", name) for op, name in sorted(backends)]
-    rows += _said(run, "freed_memory", "memory that a call freed") + _said(run, "no_energy", "no energy")
+    rows += _said(run, "no_energy", "no energy")
     rounds = ", ".join(f"{study.name} {study.settings.rounds}" for study in run.studies if "latency" in study.measures)
     rows += [("rounds", rounds)] if rounds else []
     rows += [("context", Code(run.context)), ("command", Code(run.environment.command))]

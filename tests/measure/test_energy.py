@@ -7,10 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from emca_bench.measure.energy import find_meter
-from emca_bench.measure.freed_memory import keep_freed_memory
 from emca_bench.measure.latency import sample_latency
 from emca_bench.specs import Settings
 
@@ -74,18 +72,3 @@ def test_a_driver_that_does_not_tell_is_the_reason(monkeypatch: pytest.MonkeyPat
     meter, why_not = find_meter("cuda")
     assert meter is None
     assert "not installed" in str(why_not)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
-def test_kept_memory_is_not_asked_for_again() -> None:
-    import resource
-
-    if keep_freed_memory() != "kept":
-        pytest.skip("this C library has no such choice")
-    faults = []
-    for _ in range(8):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(32 * 2**20)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    # fresh, 128 MiB are 32768 pages at every call; a small tensor may sit in the way of some
-    assert min(faults) < 3000, faults

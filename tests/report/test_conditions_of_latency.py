@@ -1,4 +1,4 @@
-"""What a latency record says beside its samples: energy, freed memory, and where the time goes."""
+"""What a latency record says beside its samples: energy, and where the time goes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def saying(**values: Any) -> Any:
 
 def test_energy_is_a_column_only_where_it_was_measured(make_run, synthetic):
     studies = [synthetic.fps_study()]
-    metered = make_run(studies, name="metered", change=saying(energy_per_image_j=2.5, freed_memory="kept"))
+    metered = make_run(studies, name="metered", change=saying(energy_per_image_j=2.5))
     text = render(metered).markdown_path.read_text()
     assert "J per image" in text
     assert "| 2.50 |" in text
-    assert "| memory that a call freed | kept |" in text
     plain = make_run(studies, name="plain", change=saying(no_energy="no counters here"))
     text = render(plain).markdown_path.read_text()
     assert "J per image" not in text
