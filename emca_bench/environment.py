@@ -20,6 +20,8 @@ PACKAGES = ("torch", "numpy", "scipy", "timm", "triton")
 MEASURED_SOURCES = (
     "emca_kernels",
     "emca_bench.models",
+    "emca_bench.deploy",
+    "emca_bench.onednn",
     "emca_bench.inference",
     "emca_bench.data",
     "emca_bench.train",

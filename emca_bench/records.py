@@ -21,7 +21,7 @@ from emca_bench.errors import UsageError
 from emca_bench.specs import SCHEMA, canonical_json
 
 Status = Literal["ok", "failed", "impossible"]
-"""failed is tried again on resume; impossible (no such device, K > P) is an answer."""
+"""failed and impossible (no such device or library, K > P) are tried again on resume; the same impossibility is written once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ def plan(studies: Sequence[Study]) -> list[Task]:
 
 
 def finished_slots(records: Sequence[Record]) -> set[tuple[str, str, int]]:
-    """What needs no measuring again: `impossible` is an answer, `failed` is not."""
-    return {record.slot for record in records if record.status != "failed"}
+    """What needs no measuring again. `impossible` is tried again: what was missing may be there by now."""
+    return {record.slot for record in records if record.status == "ok"}
 
 
 def measured_elsewhere(todo: Sequence[Task], done: set[tuple[str, str, int]]) -> int:
@@ -119,14 +119,15 @@ def run(
     with RecordWriter(folder / RECORDS) as writer, Workers(jobs, folder / WORKER_LOG, threads=threads, device=device) as workers:
         tasks = plan(studies)
         environment = workers.first.start(patient=not any(task.measure in ALONE for task in tasks))
-        done = finished_slots(read_records(folder / RECORDS))
+        records = read_records(folder / RECORDS)
+        done = finished_slots(records)
+        refused = {(record.slot, record.reason) for record in records if record.status == "impossible"}
         todo = [task for task in tasks if (environment["context"], task.key, task.round) not in done]
         outcome.skipped = len(tasks) - len(todo)
         for task in _one_per_name(todo):
             workers.first.ask(_request(task, folder, do="check"))
         write_atomically(folder / LOCK, dump_lock(whole))
-        if todo or not (folder / ENVIRONMENT).exists():
-            _note_environment(folder / ENVIRONMENT, environment, command)
+        _note_environment(folder / ENVIRONMENT, environment, command, measuring=bool(todo))
         for partial in (folder / CHECKPOINTS).glob("*.partial"):
             partial.unlink()
         at_once = {measure: 1 if measure in ALONE else jobs for measure in MEASURES}
@@ -134,7 +135,9 @@ def run(
             if elsewhere := measured_elsewhere(todo, done):
                 progress.note(f"{elsewhere} of {len(todo)} are there from another machine, version or number of threads, and come anew")
             for record in _records(workers, todo, outcome, environment["context"], at_once, progress):
-                writer.append(record)
+                # said once is enough
+                if record.status != "impossible" or (record.slot, record.reason) not in refused:
+                    writer.append(record)
                 if record.status == "ok":
                     checkpoint_path(folder, record.key).unlink(missing_ok=True)
     return outcome
@@ -237,8 +240,8 @@ def _prepare(folder: Path) -> None:
         raise UsageError(f"output folder {folder} cannot be written: {error.strerror}; choose another with --out") from None
 
 
-def _note_environment(path: Path, environment: Mapping[str, Any], command: str) -> None:
-    """Add or renew this context's entry; the others stay, since their records stay."""
+def _note_environment(path: Path, environment: Mapping[str, Any], command: str, *, measuring: bool) -> None:
+    """Make this context the current one and, if it measures, renew its entry; the others stay, since their records stay."""
     known: dict[str, Any] = {"environments": {}}
     if path.exists():
         try:
@@ -247,5 +250,6 @@ def _note_environment(path: Path, environment: Mapping[str, Any], command: str) 
             raise UsageError(f"{path} is not JSON: {error}") from None
     context = environment["context"]
     known["current"] = context
-    known["environments"][context] = {"identity": environment["identity"], "state": environment["state"], "command": command}
+    if measuring or context not in known["environments"]:
+        known["environments"][context] = {"identity": environment["identity"], "state": environment["state"], "command": command}
     write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -25,6 +25,9 @@ SCOPES = ("kernel", "attention", "decoder", "model", "end_to_end", "training_ste
 """kernel: one call of an operator, or of a ceiling. attention: one cross-attention call. decoder: mask decoder on given features.
 model: images to predictions. end_to_end: images to label maps. training_step: images and truth to the gradients of all losses."""
 
+MODEL_SCOPES = ("decoder", "model", "end_to_end")
+"""Scopes that call a model or its mask decoder."""
+
 TASKS = ("semantic", "panoptic")
 """semantic: one mask per class; mIoU. panoptic: one mask per segment; PQ, and AP and mIoU of the same model."""
 
@@ -34,9 +37,10 @@ PASSES = ("forward", "forward_backward")
 MASKS = ("none", "bool")
 """Kinds of mask of an operator: none allows everything; bool [B, Q, P], true for a random share `allowed`."""
 
-RUNTIMES = ("eager", "optimized", "compiled", "onnxruntime", "transformers")
+RUNTIMES = ("eager", "optimized", "compiled", "cuda_graph", "onnxruntime", "transformers")
 """What runs a model. eager: torch, as the model is built. optimized: `emca_bench.optimize`. compiled: the same through torch.compile.
-onnxruntime: exported. transformers: Hugging Face's Mask2Former with the same weights, and its own way to label maps."""
+cuda_graph: the same, recorded once and replayed. onnxruntime: exported. transformers: Hugging Face's Mask2Former with the same weights,
+and its own way to label maps."""
 
 CEILINGS = ("burst", "matmul", "copy", "read")
 """Operators that are no contenders but bounds: multiply-adds in registers, a large matrix product; a large copy, a large sum."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emca_bench.deploy.cuda_graph import GraphedModel
 from emca_bench.deploy.folding import fold_batch_norms, fold_mask_projection
 from emca_bench.deploy.onednn import use_onednn_layers
 from emca_bench.errors import UsageError
@@ -27,6 +28,7 @@ def optimize(
     use_onednn: bool | None = None,
     compile: bool = False,
     dynamic: bool | None = None,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """A copy of a model for inference: the same outputs, faster. The model that is given stays as it is.
 
@@ -44,17 +46,22 @@ def optimize(
         compile: hand the result to `torch.compile` as one graph, which on a CPU chooses oneDNN itself and takes the weights as
             constants; minutes at the first call.
         dynamic: with `compile`: True makes one graph for all image sizes; None and False are `torch.compile`'s.
+        cuda_graph: record all kernels at the first call and launch them as one from then on, for images of that shape alone.
 
     Returns:
-        A `Mask2Former` in evaluation mode without gradients, or what `torch.compile` made of it.
+        A `Mask2Former` in evaluation mode without gradients, or what `torch.compile` or `GraphedModel` made of it.
 
     Raises:
-        UsageError: another kind of model, a dtype that is no floating point, or oneDNN asked for where it cannot serve.
+        UsageError: another kind of model, a dtype that is no floating point, oneDNN or a CUDA graph asked for where it cannot serve.
     """
     if not isinstance(model, Mask2Former):
         raise UsageError(f"optimize: a {type(model).__name__}; expected a Mask2Former of emca_bench.models")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"optimize: dtype={dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    if cuda_graph and model.pixel_mean.device.type != "cuda":
+        raise UsageError(f"optimize: cuda_graph=True, but the model is on {model.pixel_mean.device}; expected a CUDA device")
+    if cuda_graph and compile:
+        raise UsageError("optimize: cuda_graph=True and compile=True; torch.compile(mode='reduce-overhead') records graphs of its own")
     faster = copy.deepcopy(model).eval().requires_grad_(False)
     # statistics of the images stay as precise as they are
     statistics = faster.pixel_mean, faster.pixel_std
@@ -73,7 +80,7 @@ def optimize(
         return compiled
     if not why_not and use_onednn is not False:
         use_onednn_layers(faster)
-    return faster
+    return GraphedModel(faster) if cuda_graph else faster
 
 
 def rewrite(model: Mask2Former, *, fold_batch_norm: bool = True) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from emca_bench.measure.energy import Meter
 from emca_bench.specs import Settings
 
 
@@ -36,18 +37,22 @@ def cuda_timer(call: Callable[[], Any]) -> float:
 
 
 @torch.inference_mode()
-def sample_latency(call: Callable[[], Any], settings: Settings, *, timer: Timer = cpu_timer, warmups: int = 2) -> list[float]:
-    """Milliseconds of repeated calls after warm-up, as many as the settings ask for.
+def sample_latency(
+    call: Callable[[], Any], settings: Settings, *, timer: Timer = cpu_timer, warmups: int = 2, meter: Meter | None = None
+) -> tuple[list[float], float | None]:
+    """Milliseconds of repeated calls after warm-up, as many as the settings ask for, and the joules of all of them together.
 
     Args:
         call: what is measured.
         settings: least time and number of samples.
         timer: `cpu_timer` or `cuda_timer`.
         warmups: calls before the first sample; allocators, caches and autotuning settle.
+        meter: of energy; None where there is none, and then there are no joules.
     """
     for _ in range(warmups):
         timer(call)
     samples: list[float] = []
+    begin = meter.read() if meter else None
     while len(samples) < settings.max_samples and (len(samples) < settings.min_samples or sum(samples) < 1e3 * settings.min_seconds):
         samples.append(timer(call))
-    return samples
+    return samples, meter.joules(begin, meter.read()) if meter else None

@@ -71,6 +71,14 @@ def _compiled(model: Mask2Former, images: Tensor) -> Running:
     return Running(model, lambda: faster(images), lambda: semantic(faster(images), size))
 
 
+def _cuda_graph(model: Mask2Former, images: Tensor) -> Running:
+    if images.device.type != "cuda":
+        raise ImpossibleError(f"CUDA graphs are of CUDA devices, not of the {images.device.type}")
+    faster: Any = emca_bench.optimize(model, cuda_graph=True)
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    return Running(faster, lambda: faster(images), lambda: semantic(faster(images), size))
+
+
 def _onnxruntime(model: Mask2Former, images: Tensor) -> Running:
     from emca_bench.deploy.export import INPUT, export
 
@@ -111,6 +119,7 @@ _RUNTIMES: dict[str, Callable[[Mask2Former, Tensor], Running]] = {
     "eager": _eager,
     "optimized": _optimized,
     "compiled": _compiled,
+    "cuda_graph": _cuda_graph,
     "onnxruntime": _onnxruntime,
     "transformers": _transformers,
 }

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,13 +23,15 @@ from emca_kernels.backends import RefusedError, record_backends
 from emca_bench.environment import collect_environment
 from emca_bench.errors import UsageError
 from emca_bench.measure.accuracy import check_data, measure_accuracy
+from emca_bench.measure.components import component_ms
+from emca_bench.measure.energy import find_meter
 from emca_bench.measure.flops import count_macs
 from emca_bench.measure.inputs import ImpossibleError
 from emca_bench.measure.latency import cpu_timer, cuda_timer, sample_latency
 from emca_bench.measure.mechanism import measure_mechanism
 from emca_bench.measure.memory import peak_memory_bytes
 from emca_bench.measure.subjects import Subject, build_subject, check_arm
-from emca_bench.specs import Arm, Settings, canonical_json
+from emca_bench.specs import MODEL_SCOPES, Arm, Settings, canonical_json
 
 PROGRESS_SECONDS = 0.5
 """Least time between two progress messages."""
@@ -94,13 +96,22 @@ def _macs(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
 
 def _latency(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     settings = Settings(**request["settings"])
-    timer = cuda_timer if request["params"].get("device", "cpu") == "cuda" else cpu_timer
+    device = str(request["params"].get("device", "cpu"))
+    values: dict[str, Any] = {}
     subject = _subject(request, settings)
-    with torch.inference_mode(), record_backends() as backends:
+    # a warm-up too: it compiles, tunes and fills caches
+    with torch.inference_mode(), record_backends() as values["backends"]:
         subject.call()
-    samples = sample_latency(subject.call, settings, timer=timer)
-    work = {} if subject.work is None else asdict(subject.work)
-    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": {"backends": backends, **work}}
+    meter, values["no_energy"] = find_meter(device)
+    timer = cuda_timer if device == "cuda" else cpu_timer
+    samples, joules = sample_latency(subject.call, settings, timer=timer, warmups=1, meter=meter)
+    if joules is not None:
+        values["energy_per_image_j"] = joules / (len(samples) * subject.batch)
+    if request["params"]["scope"] in MODEL_SCOPES:
+        values["component_ms"] = _components(canonical_json(request["arm"]), canonical_json(request["params"]), settings.seed)
+    values |= {} if subject.work is None else asdict(subject.work)
+    kept = {name: value for name, value in values.items() if value not in (None, {}) or name == "backends"}
+    return {"samples": {"latency_ms": [round(sample, 6) for sample in samples]}, "values": kept}
 
 
 def _memory(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
@@ -149,6 +160,13 @@ def _subject(request: Mapping[str, Any], settings: Settings) -> Subject:
 @lru_cache(maxsize=64)
 def _cached_subject(arm: str, params: str, seed: int) -> Subject:
     return build_subject(Arm(**json.loads(arm)), json.loads(params), seed=seed)
+
+
+# once per subject is enough: it explains a number and is none itself
+@cache
+def _components(arm: str, params: str, seed: int) -> dict[str, float]:
+    subject = _cached_subject(arm, params, seed)
+    return component_ms(subject.module, subject.call, device=str(json.loads(params).get("device", "cpu")))
 
 
 HANDLERS: dict[str, Callable[[Mapping[str, Any], Answer], dict[str, Any]]] = {

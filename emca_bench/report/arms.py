@@ -15,11 +15,14 @@ LABELS = {
     "masked_exact_rewrites": "masked (exact rewrites)",
     "masked_compiled": "masked (compiled)",
     "masked_onnxruntime": "masked (onnxruntime)",
+    "masked_cuda_graph": "masked (CUDA graph)",
     "masked_bf16": "masked (bfloat16)",
+    "masked_flex": "masked (FlexAttention)",
     "emca_as_written": "EMCA as written",
     "emca": "EMCA (folded)",
     "emca_features": "EMCA (resized features)",
     "emca_exact_rewrites": "EMCA (exact rewrites)",
+    "emca_compiled": "EMCA (compiled)",
     "emca_onnxruntime": "EMCA (onnxruntime)",
     "emca_bf16": "EMCA (bfloat16)",
     "emca_soft": "EMCA soft",
@@ -30,17 +33,42 @@ LABELS = {
     "none_exact_rewrites": "none (exact rewrites)",
     "none": "none",
     "eager": "eager torch",
+    "grid_sample": "grid_sample",
+    "ms_deform_attn": "torch-ms-deform-attn",
     "scores_only": "scores alone (bmm)",
     "native": "native C++",
+    "native_from_offsets": "native C++ (from offsets)",
     "triton": "Triton",
     "cuda": "CUDA C++",
 }
-"""Words for the arms of the standard studies, in reading order; any other arm goes by its own name."""
+"""Words for the arms of the standard studies, in reading order; `label` spells any other arm."""
+
+WORDS = {
+    "emca": "EMCA",
+    "pem": "PEM",
+    "ca": "CA",
+    "cuda": "CUDA",
+    "ffn": "FFN",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "topk": "top-K",
+    "r50": "R50",
+    "r101": "R101",
+    "swin": "Swin",
+    "t": "T",
+    "l": "L",
+    "ade": "ADE20K",
+    "city": "Cityscapes",
+    "coco": "COCO",
+    "rawres": "raw residual",
+    "proj": "projected",
+}
+"""Parts of arm names that are not spelled as they are pronounced."""
 
 
 def label(name: str) -> str:
-    """What figures print for an arm."""
-    return LABELS.get(name, name)
+    """What figures print for an arm: its words, or its name part by part."""
+    return LABELS.get(name) or " ".join(WORDS.get(part, part) for part in name.split("_"))
 
 
 def in_reading_order(names: Iterable[str]) -> list[str]:

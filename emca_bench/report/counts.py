@@ -8,8 +8,7 @@ from typing import Any
 
 from emca_bench import stats
 from emca_bench.report.load import ResultStatus, Run, point
-from emca_bench.report.speed import MODEL_SCOPES
-from emca_bench.specs import Cell, Study
+from emca_bench.specs import MODEL_SCOPES, Cell, Study
 
 COMPONENTS = ("backbone", "pixel_decoder", "input_projection", "cross_attention", "self_attention", "ffn", "mask_heads", "other")
 """In the order in which an image passes through them."""

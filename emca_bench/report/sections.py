@@ -84,6 +84,7 @@ def _conditions(found: Findings) -> list[Block]:
     measured = (*found.attention, *found.models, *(group.group for groups in found.kernels for group in groups))
     backends = {pair for group in measured for row in group.rows for pair in row.backends.items()}
     rows += [(f"backend of {op}", name) for op, name in sorted(backends)]
+    rows += _said(run, "no_energy", "no energy")
     rounds = ", ".join(f"{study.name} {study.settings.rounds}" for study in run.studies if "latency" in study.measures)
     rows += [("rounds", rounds)] if rounds else []
     rows += [("context", Code(run.context)), ("command", Code(run.environment.command))]
@@ -99,6 +100,12 @@ def _conditions(found: Findings) -> list[Block]:
         said = f"{numbers.plural(run.unused_records, 'record')} of other contexts or of cells no longer planned are left out."
         blocks.append(Paragraph(said))
     return blocks
+
+
+def _said(run: Run, value: str, name: str) -> list[tuple[str, Text]]:
+    """A condition that the latencies of this run recorded."""
+    words = dict.fromkeys(str(result.values[value]) for result in run.results.values() if value in result.values)
+    return [(name, ", ".join(words))] if words else []
 
 
 def _claims(found: Findings) -> list[Block]:

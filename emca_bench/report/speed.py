@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from emca_bench import stats
 from emca_bench.report.load import Result, ResultStatus, Run, point
-from emca_bench.specs import Cell, Study, Value, parse_size
+from emca_bench.specs import MODEL_SCOPES, Cell, Study, Value, parse_size
 from emca_bench.stats import Mean, Ratio
 
 KERNEL_SCOPES = ("kernel",)
 ATTENTION_SCOPES = ("attention",)
-MODEL_SCOPES = ("decoder", "model", "end_to_end", "training_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,8 @@ class SpeedRow:
     """Latency of each baseline over this one's; a baseline is not compared with itself."""
     macs: int | None = None
     peak_memory_bytes: int | None = None
+    energy_j: float | None = None
+    """Of an image; None where the machine did not tell."""
     backends: Mapping[str, str] = field(default_factory=dict)
     """What served each kernel operator, and why."""
     flops: int | None = None
@@ -90,7 +91,7 @@ def attention_groups(run: Run) -> list[SpeedGroup]:
 
 def model_groups(run: Run) -> list[SpeedGroup]:
     """Decoder, model and end to end: one group per point of the axes."""
-    return _groups(run, MODEL_SCOPES, swept=None)
+    return _groups(run, (*MODEL_SCOPES, "training_step"), swept=None)
 
 
 def free_attention_bound(group: SpeedGroup, baseline: str) -> Ratio | None:
@@ -142,6 +143,7 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> SpeedGroup:
                 speedups={name: stats.paired_ratio(rival, rounds) for name, rival in rivals.items() if set(rival) & set(rounds)},
                 macs=_value(run.find(cell, "macs"), "macs"),
                 peak_memory_bytes=_value(run.find(cell, "memory"), "peak_memory_bytes"),
+                energy_j=_mean([record.values.get("energy_per_image_j") for record in result.done.values()]),
                 backends=result.values.get("backends") or {},
                 flops=_value(result, "flops"),
                 traffic_bytes=_value(result, "bytes"),
@@ -154,6 +156,11 @@ def _latency(run: Run, cell: Cell) -> Result:
     result = run.find(cell, "latency")
     assert result is not None, "every planned latency has a result"
     return result
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _value(result: Result | None, name: str) -> int | None:

@@ -84,12 +84,15 @@ def speed_table(groups: Sequence[SpeedGroup]) -> Table:
         Column("FPS", "right"),
         *speedup_columns(groups[0]),
     ]
+    metered = any(row.energy_j is not None for group in groups for row in group.rows)
+    columns += [Column("J per image", "right")] if metered else []
     rows = []
     for group in groups:
         for row in group.rows:
             place = [_where(name, row.cell.params) for name in where]
             rate = number(row.frames_per_second, numbers.significant)
-            rows.append([*place, arm(row.arm), latency(row), rate, *speedups(group, row)])
+            energy = [number(row.energy_j, numbers.significant)] if metered else []
+            rows.append([*place, arm(row.arm), latency(row), rate, *speedups(group, row), *energy])
     return Table(columns, rows, breaks=_starts(group.rows for group in groups))
 
 

@@ -9,8 +9,7 @@ from typing import Literal
 from emca_bench import stats
 from emca_bench.report import numbers
 from emca_bench.report.load import Result, Run, distinct_cells
-from emca_bench.report.speed import MODEL_SCOPES
-from emca_bench.specs import Cell, Study, Target
+from emca_bench.specs import MODEL_SCOPES, Cell, Study, Target
 from emca_bench.stats import MIN_ROUNDS, Mean, Ratio
 
 TargetVerdict = Literal["met", "missed", "undecided", "not run"]
@@ -93,7 +92,7 @@ def _same_point(study: Study, cell: Cell, other: Cell) -> bool:
 
 def _row(study: Study, target: Target, against: str | None, ours: Result, theirs: Result | None) -> Judged:
     params = ours.cell.params
-    shown = (*SHOWN, "scope") if params["scope"] in MODEL_SCOPES else SHOWN
+    shown = (*SHOWN, "scope") if params["scope"] in (*MODEL_SCOPES, "training_step") else SHOWN
     where = numbers.conditions({name: params[name] for name in shown if name in params})
     if against is not None and theirs is None:
         return _judged(study, target, against, where, None, "not run", f"The run plans no {against} to compare with.")
@@ -101,7 +100,8 @@ def _row(study: Study, target: Target, against: str | None, ours: Result, theirs
     if found is None:
         return _judged(study, target, against, where, None, "not run", _missing(ours, theirs))
     verdict, reason = _judge(target, found)
-    return _judged(study, target, against, where, found, verdict, reason + (_served(ours) if verdict == "missed" else ""))
+    why = _served(ours) + _profile(ours) if verdict == "missed" else _profile(ours) if verdict == "undecided" else ""
+    return _judged(study, target, against, where, found, verdict, reason + why)
 
 
 def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | None:
@@ -179,6 +179,16 @@ def _missing(ours: Result, theirs: Result | None) -> str:
 def _served(result: Result) -> str:
     backends = result.values.get("backends") or {}
     return "".join(f" {op} was served by {name}." for op, name in sorted(backends.items()))
+
+
+def _profile(result: Result) -> str:
+    """Where the time of a call went, where that was measured."""
+    spent: Mapping[str, float] = result.values.get("component_ms") or {}
+    whole = sum(spent.values())
+    if not whole:
+        return ""
+    parts = ", ".join(f"{name.replace('_', ' ')} {value / whole:.0%}" for name, value in sorted(spent.items(), key=lambda part: -part[1]))
+    return f" Its time: {parts}."
 
 
 def _shown(metric: str, found: Mean) -> str:

@@ -110,7 +110,7 @@ def test_part_of_a_study_completes_the_whole_later(cli, small_study: Path, tmp_p
     assert_complete(small_study, folder)
 
 
-def test_failed_and_impossible_cells_are_rows_and_only_failed_ones_are_tried_again(cli, tmp_path: Path):
+def test_failed_and_impossible_cells_are_rows_and_are_tried_again(cli, tmp_path: Path):
     study = tmp_path / "troubled.toml"
     study.write_text(
         """
@@ -148,7 +148,41 @@ batch = -1
     assert "K=17 prototypes from P=16 pixels" in report
     second = cli("run", study, "--out", folder)
     assert second.returncode == 1
-    assert "measured 0, already there 2, impossible 0, failed 1" in second.stderr
+    assert "measured 0, already there 1, impossible 1, failed 1" in second.stderr
+    assert sum(record.status == "impossible" for record in read_records(folder / "records.jsonl")) == 1
+
+
+def test_what_was_missing_is_measured_once_it_is_there(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study = tmp_path / "rival.toml"
+    study.write_text(
+        """
+[study]
+name = "rival"
+title = "Rival"
+question = "?"
+measures = ["latency"]
+[settings]
+rounds = 1
+min_seconds = 0.0
+min_samples = 1
+[fixed]
+scope = "kernel"
+op = "ms_deform_attn"
+pixels = "8x8"
+width = 32
+batch = 1
+[axes]
+arm = ["ms_deform_attn"]
+"""
+    )
+    package, folder = tmp_path / "rivals" / "torch_ms_deform_attn", tmp_path / "run"
+    package.mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    (package / "__init__.py").write_text("raise ImportError('not there')")
+    assert "impossible 1" in cli("run", study, "--out", folder).stderr
+    (package / "__init__.py").write_text("def ms_deform_attn(value, *rest):\n    return value.clone()\n")
+    assert "measured 1" in cli("run", study, "--out", folder).stderr
+    assert [record.status for record in read_records(folder / "records.jsonl")] == ["impossible", "ok"]
 
 
 def request(study: Path) -> dict:

@@ -32,14 +32,15 @@ def test_samples_go_on_until_the_settings_are_met(settings: Settings, seconds_a_
         calls.append(call)
         return 1e3 * seconds_a_call
 
-    samples = sample_latency(lambda: None, settings, timer=fake_timer, warmups=2)
+    samples, joules = sample_latency(lambda: None, settings, timer=fake_timer, warmups=2)
     assert len(samples) == expected
+    assert joules is None
     assert len(calls) == expected + 2
 
 
 def test_samples_are_raw_and_in_order():
     readings = iter([9.0, 9.0, 3.0, 1.0, 2.0])
-    samples = sample_latency(lambda: None, Settings(min_samples=3, max_samples=3), timer=lambda call: next(readings), warmups=2)
+    samples, _ = sample_latency(lambda: None, Settings(min_samples=3, max_samples=3), timer=lambda call: next(readings), warmups=2)
     assert samples == [3.0, 1.0, 2.0]
 
 
@@ -54,7 +55,7 @@ def test_the_same_call_under_two_names_shows_no_difference(seed: int):
         names = list(rounds)
         order.shuffle(names)
         for name in names:
-            samples = sample_latency(lambda: matrix @ matrix @ matrix, settings)
+            samples, _ = sample_latency(lambda: matrix @ matrix @ matrix, settings)
             rounds[name][number] = sorted(samples)[len(samples) // 2]
         if number >= 19 and number % 10 == 9:
             ratio = stats.paired_ratio(rounds["one"], rounds["other"])
@@ -71,6 +72,6 @@ def test_twice_the_work_is_slower():
     calls = {"once": lambda: matrix @ matrix, "twice": lambda: matrix @ matrix @ matrix}
     for number in range(15):
         for name, call in calls.items():
-            samples = sample_latency(call, settings)
+            samples, _ = sample_latency(call, settings)
             rounds[name][number] = sorted(samples)[len(samples) // 2]
     assert stats.speed_verdict(stats.paired_ratio(rounds["once"], rounds["twice"])) == "slower"
