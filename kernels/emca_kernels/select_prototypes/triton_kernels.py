@@ -7,7 +7,7 @@ Each program leaves the best keys of its span of pixels, a second small launch t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -15,10 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from emca_kernels.masks import EmbeddingMask, Mask
-from emca_kernels.triton.arguments import MASKS, example_mask, stream_arguments
-from emca_kernels.triton.configs import Config, block_of, config_of, power_of_two, splits_of
+from emca_kernels.triton.arguments import constants, stream_of, tiling_of
+from emca_kernels.triton.configs import Config, config_of, power_of_two, shares_of
+from emca_kernels.triton.examples import MASKS, described, example
 from emca_kernels.triton.runtime import Launch, architecture
-from emca_kernels.triton.tiles import MASK_EMBEDDING, MASK_NONE, dot, load_allowed, load_located, load_tile
+from emca_kernels.triton.tiles import (
+    MASK_NONE,
+    Asking,
+    image_of,
+    load_allowed,
+    load_embedding,
+    load_located,
+    load_resident,
+    load_scores,
+    matrix_of,
+)
 
 NOTHING = tl.constexpr(-(1 << 63))
 """Below every key."""
@@ -47,20 +58,20 @@ def _score_of(key):
 
 
 @triton.jit
-def _keep_best(keys, scores, allowed, start, pixels, MASK: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr):
+def _keep_best(keys, scores, allowed, start, pixels, K: tl.constexpr, TILING: tl.constexpr):
     """The K best keys of each query, of those kept so far [Q, K] and of a tile of scores [Q, P]."""
-    columns = tl.arange(0, BLOCK_P)[None, :]
+    columns = tl.arange(0, TILING.BLOCK_P)[None, :]
     for _ in tl.static_range(K):
         best = tl.max(scores, axis=1)
         winners = scores == best[:, None]
-        if MASK == MASK_NONE:
+        if TILING.MASK == MASK_NONE:
             any_allowed = best == best
         else:
             best_allowed = tl.max(tl.where(allowed, scores, -float("inf")), axis=1)
             any_allowed = best_allowed > -float("inf")
             best = tl.where(any_allowed, best_allowed, best)
             winners = (scores == best[:, None]) & (allowed | (any_allowed == 0)[:, None])
-        column = tl.min(tl.where(winners, columns, BLOCK_P), axis=1)
+        column = tl.min(tl.where(winners, columns, TILING.BLOCK_P), axis=1)
         # without a winner (every score is NaN) the column lies outside: a pixel that exists, whatever happens
         key = _pack(any_allowed, best, tl.minimum(start + column, pixels - 1))
         if K == 1:
@@ -75,209 +86,49 @@ def _keep_best(keys, scores, allowed, start, pixels, MASK: tl.constexpr, K: tl.c
 
 
 @triton.jit
-def stream_best(
-    asking,
-    features,
-    position,
-    queries,
-    mask,
-    mask_features,
-    rows,
-    first_pixel,
-    last_pixel,
-    query_count,
-    pixels,
-    width,
-    mask_width,
-    features_stride_p,
-    features_stride_c,
-    position_stride_p,
-    position_stride_c,
-    queries_stride_q,
-    queries_stride_c,
-    mask_stride_q,
-    mask_stride_p,
-    mask_features_stride_p,
-    mask_features_stride_e,
-    K: tl.constexpr,
-    MASK: tl.constexpr,
-    POSITION: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    MASK_RESIDENT: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The K best keys [BLOCK_Q, K] of one image's pixels from `first_pixel` to before `last_pixel`, for the queries `rows`.
-
-    Pointers are those of the image and head. `asking` is the tile of all channels of these queries if RESIDENT; else pieces of them are
-    loaded from `queries`.
-    """
-    channels = tl.arange(0, BLOCK_C)
-    embedding = 0.0
-    if MASK == MASK_EMBEDDING and MASK_RESIDENT:
-        embedding = load_tile(mask, rows, tl.arange(0, BLOCK_E), mask_stride_q, mask_stride_p, query_count, mask_width, UPCAST)
+def stream_best(asking, image, first_pixel, last_pixel, K: tl.constexpr, TILING: tl.constexpr):
+    """The K best keys [BLOCK_Q, K] of one image's pixels from `first_pixel` to before `last_pixel`."""
+    pixels = image.features.rows
+    embedding = load_embedding(image.mask, asking.rows, TILING)
     # kept keys differ from each other, so that one of them is the worst
-    kept = tl.zeros((BLOCK_Q, K), tl.int64) + (tl.arange(0, K).to(tl.int64) + NOTHING)[None, :]
-    for start in range(first_pixel, last_pixel, BLOCK_P):
-        pixel_rows = start + tl.arange(0, BLOCK_P)
-        scores = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-        if RESIDENT:
-            tile = load_located(
-                features,
-                position,
-                pixel_rows,
-                channels,
-                features_stride_p,
-                features_stride_c,
-                position_stride_p,
-                position_stride_c,
-                pixels,
-                width,
-                POSITION,
-                UPCAST,
-            )
-            scores = dot(asking, tl.trans(tile), scores)
-        else:
-            for first in range(0, width, BLOCK_C):
-                piece = first + channels
-                asked = load_tile(queries, rows, piece, queries_stride_q, queries_stride_c, query_count, width, UPCAST)
-                tile = load_located(
-                    features,
-                    position,
-                    pixel_rows,
-                    piece,
-                    features_stride_p,
-                    features_stride_c,
-                    position_stride_p,
-                    position_stride_c,
-                    pixels,
-                    width,
-                    POSITION,
-                    UPCAST,
-                )
-                scores = dot(asked, tl.trans(tile), scores)
+    kept = tl.zeros((TILING.BLOCK_Q, K), tl.int64) + (tl.arange(0, K).to(tl.int64) + NOTHING)[None, :]
+    for start in range(first_pixel, last_pixel, TILING.BLOCK_P):
+        pixel_rows = start + tl.arange(0, TILING.BLOCK_P)
+        tile = 0.0
+        if TILING.RESIDENT:
+            channels = tl.arange(0, TILING.BLOCK_C)
+            tile = load_located(image.features, image.position, pixel_rows, channels, TILING.POSITION, TILING.UPCAST)
+        scores = load_scores(asking, image, pixel_rows, tile, TILING)
         allowed = scores == scores
-        if MASK != MASK_NONE:
-            allowed = load_allowed(
-                mask,
-                embedding,
-                mask_features,
-                rows,
-                start,
-                mask_stride_q,
-                mask_stride_p,
-                mask_features_stride_p,
-                mask_features_stride_e,
-                query_count,
-                pixels,
-                mask_width,
-                MASK,
-                BLOCK_Q,
-                BLOCK_P,
-                BLOCK_E,
-                MASK_RESIDENT,
-                UPCAST,
-            )
+        if TILING.MASK != MASK_NONE:
+            allowed = load_allowed(image, embedding, asking.rows, start, TILING)
         scores = tl.where((pixel_rows < pixels)[None, :], scores, -float("inf"))
-        kept = _keep_best(kept, scores, allowed, start, pixels, MASK, K, BLOCK_P)
+        kept = _keep_best(kept, scores, allowed, start, pixels, K, TILING)
     return kept
 
 
 @triton.jit
 def _select_prototypes_fwd_kernel(
-    features,  # [B, P, M * D]
-    position,  # [B, P, M * D]
-    queries,  # [B, Q, M * D]
-    mask,  # [B, Q, P or words or E]
-    mask_features,  # [B, P, E]
+    stream,
     keys,  # [B, Q, M, splits * K]
-    query_count,
-    pixels,
-    width,
-    mask_width,
     span,
-    features_stride_b,
-    features_stride_p,
-    features_stride_c,
-    position_stride_b,
-    position_stride_p,
-    position_stride_c,
-    queries_stride_b,
-    queries_stride_q,
-    queries_stride_c,
-    mask_stride_b,
-    mask_stride_q,
-    mask_stride_p,
-    mask_features_stride_b,
-    mask_features_stride_p,
-    mask_features_stride_e,
     HEADS: tl.constexpr,
     K: tl.constexpr,
-    MASK: tl.constexpr,
-    POSITION: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    MASK_RESIDENT: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """K best keys of a span of pixels, for a block of queries of one image and head. Grid (splits, B * M, blocks of queries)."""
     split = tl.program_id(0)
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
-    rows = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    features += image * features_stride_b + head * width * features_stride_c
-    position += image * position_stride_b + head * width * position_stride_c
-    queries += image * queries_stride_b + head * width * queries_stride_c
-    mask += image * mask_stride_b
-    mask_features += image * mask_features_stride_b
-
-    asking = 0.0
-    if RESIDENT:
-        asking = load_tile(queries, rows, tl.arange(0, BLOCK_C), queries_stride_q, queries_stride_c, query_count, width, UPCAST)
-    kept = stream_best(
-        asking,
-        features,
-        position,
-        queries,
-        mask,
-        mask_features,
-        rows,
-        split * span,
-        tl.minimum(split * span + span, pixels),
-        query_count,
-        pixels,
-        width,
-        mask_width,
-        features_stride_p,
-        features_stride_c,
-        position_stride_p,
-        position_stride_c,
-        queries_stride_q,
-        queries_stride_c,
-        mask_stride_q,
-        mask_stride_p,
-        mask_features_stride_p,
-        mask_features_stride_e,
-        K,
-        MASK,
-        POSITION,
-        RESIDENT,
-        MASK_RESIDENT,
-        BLOCK_Q,
-        BLOCK_P,
-        BLOCK_C,
-        BLOCK_E,
-        UPCAST,
-    )
+    rows = tl.program_id(2) * TILING.BLOCK_Q + tl.arange(0, TILING.BLOCK_Q)
+    queries = matrix_of(stream.queries, image, stream.query_count, stream.width, head * stream.width)
+    tile = load_resident(queries, rows, TILING.BLOCK_C, TILING.RESIDENT, TILING.UPCAST)
+    seen = image_of(stream, image, head * stream.width)
+    last = tl.minimum(split * span + span, stream.pixels)
+    kept = stream_best(Asking(rows, queries, tile), seen, split * span, last, K, TILING)
     slots = tl.num_programs(0) * K
-    places = ((image * query_count + rows) * HEADS + head) * slots + split * K
-    tl.store(keys + places[:, None] + tl.arange(0, K)[None, :], kept, mask=(rows < query_count)[:, None])
+    places = ((image * stream.query_count + rows) * HEADS + head) * slots + split * K
+    tl.store(keys + places[:, None] + tl.arange(0, K)[None, :], kept, mask=(rows < stream.query_count)[:, None])
 
 
 @triton.jit
@@ -349,20 +200,22 @@ def plan(
     """The launches of one call and what they write: indices and scores. Works on `meta` tensors, which is how kernels are compiled
     without a GPU. `splits` overrides the table's, for tests."""
     (batch, pixels, channels), count = features_BPC.shape, queries_BQC.shape[1]
+    width = channels // heads
     config = config_for(features_BPC, mask, position_BPC, arch)
     slots = power_of_two(k, 1)
-    block_q = block_of(count, config.block_q if slots == 1 else min(config.block_q, BLOCK_Q_OF_MANY))
-    blocks_q = -(-count // block_q)
-    splits, span = splits_of(pixels, config.block_p, batch * heads * blocks_q, arch, splits)
+    if slots > 1:
+        config = replace(config, block_q=min(config.block_q, BLOCK_Q_OF_MANY))
+    block_q, blocks_q, splits, span = shares_of(config, count, pixels, batch * heads, arch, splits)
     keys = queries_BQC.new_empty((batch, count, heads, splits * slots), dtype=torch.int64)
     indices = queries_BQC.new_empty((batch, count, heads, k), dtype=torch.int64)
     scores = features_BPC.new_empty((batch, count, heads, k))
-    arguments: dict[str, Any] = {
-        **stream_arguments(features_BPC, queries_BQC, mask, position_BPC, config, width=channels // heads, block_q=block_q),
+    arguments = {
+        "stream": stream_of(features_BPC, queries_BQC, mask, position_BPC, width=width),
         "keys": keys,
         "span": span,
         "HEADS": heads,
         "K": slots,
+        "TILING": constants(tiling_of(features_BPC, mask, position_BPC, config, width=width, block_q=block_q)),
     }
     grid = (splits, batch * heads, blocks_q)
     search = Launch(_select_prototypes_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -394,7 +247,6 @@ def select_prototypes(
 
 def variants(arch: int) -> Iterator[tuple[str, tuple[Launch, ...]]]:
     """Name and launches of one call for each branch of the kernels and each entry of the table, on tensors without values."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     cases = [("bf16", mask, 256, 1, 1, 100, "") for mask in MASKS]
     cases += [("fp32", mask, 256, 1, 1, 100, "") for mask in ("none", "bool", "embedding")]
     cases += [("fp16", "bool", 256, 1, 1, 100, ""), ("bf16", "embedding", 512, 1, 1, 100, "")]
@@ -406,10 +258,5 @@ def variants(arch: int) -> Iterator[tuple[str, tuple[Launch, ...]]]:
     cases += [(dtype, mask, 256, 1, 1, 100, "position") for dtype in ("bf16", "fp32") for mask in ("bool", "embedding")]
     cases += [(dtype, "packed", 256, 1, 1, 100, "pixels contiguous") for dtype in ("bf16", "fp32")]
     for dtype, kind, channels, heads, k, count, extra in cases:
-        features = torch.empty(2, 32768, channels, dtype=dtypes[dtype], device="meta")
-        position = features[:1].expand_as(features) if extra == "position" else None
-        if extra == "pixels contiguous":
-            features = features.mT.contiguous().mT
-        queries = features.new_empty(2, count, channels)
-        launches, *_ = plan(features, queries, example_mask(kind, features, count), position, k=k, heads=heads, arch=arch)
-        yield " ".join(filter(None, (dtype, f"mask={kind}", f"C={channels}", f"M={heads}", f"K={k}", f"Q={count}", extra))), launches
+        launches, *_ = plan(*example(dtype, kind, channels, count, extra), k=k, heads=heads, arch=arch)
+        yield described(dtype, f"mask={kind}", f"C={channels}", f"M={heads}", f"K={k}", f"Q={count}", extra), launches
