@@ -66,10 +66,10 @@ class Tiling(NamedTuple):
 
 
 def strided(form: type[Strided], tensor: Tensor | None, *, instead: Tensor) -> Strided:
-    """A tensor and its strides; `instead` stands for one that is not there."""
+    """A tensor and its strides; `instead`, of as many dimensions, stands for one that is not there."""
     if tensor is None:
-        return form(instead, *[0] * (len(form._fields) - 1))  # type: ignore[attr-defined]
-    return form(tensor, *tensor.stride())  # type: ignore[call-arg]
+        return form(instead, *(0,) * instead.dim())
+    return form(tensor, *tensor.stride())
 
 
 @functools.lru_cache(maxsize=None, typed=True)

@@ -43,7 +43,7 @@ def variants(architecture: int) -> Iterator[tuple[str, Launch]]:
     for module in KERNELS:
         for name, launches in importlib.import_module(module).variants(architecture):
             for launch in launches:
-                kernel = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+                kernel = launch.kernel.fn.__name__.removesuffix("_kernel")
                 source = source_of(launch)
                 same = repr((kernel, source.signature, source.constants, source.attrs))
                 if same not in seen:

@@ -100,7 +100,7 @@ def store_tile(matrix, rows, columns, values):
 
 @triton.jit
 def _pointers(matrix, rows, columns):
-    return matrix.base + (rows.to(tl.int64)[:, None] * matrix.row_stride + columns.to(tl.int64)[None, :] * matrix.column_stride)
+    return matrix.base + rows.to(tl.int64)[:, None] * matrix.row_stride + columns.to(tl.int64)[None, :] * matrix.column_stride
 
 
 @triton.jit
@@ -115,6 +115,13 @@ def load_resident(matrix, rows, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, UPC
     if RESIDENT:
         tile = load_tile(matrix, rows, tl.arange(0, BLOCK), UPCAST)
     return tile
+
+
+@triton.jit
+def asking_of(stream, image, rows, first_channel, LOADED: tl.constexpr, TILING: tl.constexpr):
+    """Queries of one image from a channel on, those of `rows` on chip if LOADED."""
+    queries = matrix_of(stream.queries, image, stream.query_count, stream.width, first_channel)
+    return Asking(rows, queries, load_resident(queries, rows, TILING.BLOCK_C, LOADED, TILING.UPCAST))
 
 
 @triton.jit

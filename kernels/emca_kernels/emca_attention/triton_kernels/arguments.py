@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emca_kernels.emca_attention.arguments import Projections
 from emca_kernels.masks import Mask
-from emca_kernels.pool_prototypes.triton_kernels import Parts
+from emca_kernels.pool_prototypes.triton_kernels.kernels import Parts
 
 ARGMAX = tl.constexpr(0)
 SOFTMAX = tl.constexpr(1)

@@ -7,13 +7,13 @@ import triton.language as tl
 
 from emca_kernels.emca_attention.triton_kernels.arguments import ARGMAX, SOFTMAX
 from emca_kernels.emca_attention.triton_kernels.project import add_bias
-from emca_kernels.pool_prototypes.triton_kernels import merge_sums
-from emca_kernels.select_prototypes.triton_kernels import highest_key, pixel_of
+from emca_kernels.pool_prototypes.triton_kernels.kernels import merge_sums
+from emca_kernels.select_prototypes.triton_kernels.kernels import highest_key, pixel_of
 from emca_kernels.triton.tiles import contiguous, load_tile, multiply, rounded, store_tile
 
 
 @triton.jit
-def _emca_attention_merge_kernel(
+def emca_attention_merge_kernel(
     stream,
     found,
     projections,
@@ -34,7 +34,9 @@ def _emca_attention_merge_kernel(
     channels = tl.arange(0, ATTENDING.BLOCK_C)
     keyed = tl.arange(0, ATTENDING.BLOCK_D)
     prototypes = contiguous(attended.rows_BQC, count, width)
-    store_tile(prototypes, row, channels, rounded(_prototypes(stream, found, attended.kept_BQ, splits, row, channels, ATTENDING), like, UPCAST))
+    store_tile(
+        prototypes, row, channels, rounded(_prototypes(stream, found, attended.kept_BQ, splits, row, channels, ATTENDING), like, UPCAST)
+    )
     tl.debug_barrier()
 
     key = _linear(prototypes, projections.key_weight_DC, projections.key_bias_D, row, keyed, key_width, ATTENDING)

@@ -10,11 +10,12 @@ from torch import Tensor
 from emca_kernels.attend_prototypes.reference import smallest_norm
 from emca_kernels.emca_attention.arguments import SELECTIONS, Attended, Projections
 from emca_kernels.emca_attention.triton_kernels.arguments import Attending, Call, Found, Searching
-from emca_kernels.emca_attention.triton_kernels.attend import _emca_attention_merge_kernel
-from emca_kernels.emca_attention.triton_kernels.search import _emca_attention_fwd_kernel
+from emca_kernels.emca_attention.triton_kernels.attend import emca_attention_merge_kernel
+from emca_kernels.emca_attention.triton_kernels.search import emca_attention_fwd_kernel
 from emca_kernels.masks import Mask
-from emca_kernels.pool_prototypes import triton_kernels as pooling
-from emca_kernels.select_prototypes import triton_kernels as selecting
+from emca_kernels.pool_prototypes.triton_kernels import launch as pooling
+from emca_kernels.pool_prototypes.triton_kernels.kernels import Parts
+from emca_kernels.select_prototypes.triton_kernels import launch as selecting
 from emca_kernels.triton.arguments import Batched, constants, needs_upcast, stream_of, strided, tiling_of
 from emca_kernels.triton.configs import Config, power_of_two, shares_of
 from emca_kernels.triton.examples import MASKS, described, example
@@ -40,7 +41,7 @@ def _config_for(call: Call, arch: int) -> Config:
 
 
 def plan(call: Call, *, arch: int, splits: int | None = None) -> tuple[tuple[Launch, Launch], Attended]:
-    """The launches of one call and what they write. See `select_prototypes.triton_kernels.plan`."""
+    """The launches of one call and what they write. See `select_prototypes.triton_kernels.launch.plan`."""
     (batch, count, width), queries = call.queries_BQC.shape, call.queries_BQC
     chooses = call.selection == "argmax"
     config = _config_for(call, arch)
@@ -73,7 +74,7 @@ def plan(call: Call, *, arch: int, splits: int | None = None) -> tuple[tuple[Lau
         "TILING": constants(tiling),
     }
     grid = (shares.splits, batch, blocks_v * shares.blocks_q)
-    search = Launch(_emca_attention_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
+    search = Launch(emca_attention_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
     merge, attended = _plan_merge(call, found, shares.splits, arch)
     return (search, merge), attended
 
@@ -86,7 +87,7 @@ def _empty_found(call: Call, splits: int, *, folds_in_memory: bool) -> Found:
     folded = queries.new_empty(queries.shape) if folds_in_memory else queries
     if call.selection == "argmax":
         keys = queries.new_empty((batch, count, splits), dtype=torch.int64)
-        return Found(projected, folded, keys, pooling.Parts(queries, queries, batch * count, width))
+        return Found(projected, folded, keys, Parts(queries, queries, batch * count, width))
     return Found(projected, folded, queries, pooling.empty_parts(queries, splits, (batch, count), width))
 
 
@@ -123,7 +124,7 @@ def _plan_merge(call: Call, found: Found, splits: int, arch: int) -> tuple[Launc
         "ATTENDING": constants(attending),
     }
     programs = -(-found.parts.rows // MERGED_ROWS)
-    return Launch(_emca_attention_merge_kernel, (programs,), arguments, num_warps=8, num_stages=3), attended
+    return Launch(emca_attention_merge_kernel, (programs,), arguments, num_warps=8, num_stages=3), attended
 
 
 @torch.no_grad()

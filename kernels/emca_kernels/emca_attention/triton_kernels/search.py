@@ -7,13 +7,13 @@ import triton.language as tl
 
 from emca_kernels.emca_attention.triton_kernels.arguments import ARGMAX, SOFTMAX
 from emca_kernels.emca_attention.triton_kernels.project import fold_queries, folding_of
-from emca_kernels.pool_prototypes.triton_kernels import store_sums, stream_sums
-from emca_kernels.select_prototypes.triton_kernels import stream_best
+from emca_kernels.pool_prototypes.triton_kernels.kernels import store_sums, stream_sums
+from emca_kernels.select_prototypes.triton_kernels.kernels import stream_best
 from emca_kernels.triton.tiles import Asking, image_of
 
 
 @triton.jit
-def _emca_attention_fwd_kernel(
+def emca_attention_fwd_kernel(
     stream,
     query_position,  # [B, Q, C]
     projections,

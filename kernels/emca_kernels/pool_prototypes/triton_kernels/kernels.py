@@ -1,37 +1,22 @@
-"""Soft prototypes on GPUs: one pass over the pixels with a running maximum and sum, weights are never written.
-
-A query whose mask is empty pools everywhere, and which one that is shows only at the end. So each starts by pooling everything, and starts
-anew, masked, at the first pixel that it is allowed. See kernels/README.md.
-"""
+"""Device code: the loop over pixels, and the merging of sums."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from emca_kernels.masks import EmbeddingMask, Mask
-from emca_kernels.triton.arguments import constants, count_queries, stream_of, tiling_of
-from emca_kernels.triton.configs import Config, config_of, power_of_two, shares_of
-from emca_kernels.triton.examples import MASKS, described, example
-from emca_kernels.triton.runtime import Launch, architecture
 from emca_kernels.triton.tiles import (
     MASK_NONE,
-    Asking,
+    asking_of,
     contiguous,
     dot,
     image_of,
     load_allowed,
     load_embedding,
     load_located,
-    load_resident,
     load_scores,
-    matrix_of,
     store_tile,
 )
 
@@ -110,7 +95,7 @@ def store_sums(parts, split, places, inside, values, found, is_first):
 
 
 @triton.jit
-def _pool_prototypes_fwd_kernel(
+def pool_prototypes_fwd_kernel(
     stream,
     parts,  # rows [B, Q, M]
     span,
@@ -127,11 +112,10 @@ def _pool_prototypes_fwd_kernel(
     rows = (tl.program_id(2) % BLOCKS_Q) * TILING.BLOCK_Q + tl.arange(0, TILING.BLOCK_Q)
     block_v = tl.program_id(2) // BLOCKS_Q
     values = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    queries = matrix_of(stream.queries, image, stream.query_count, stream.width, head * stream.width)
-    tile = load_resident(queries, rows, TILING.BLOCK_C, SOFT and TILING.RESIDENT, TILING.UPCAST)
+    asking = asking_of(stream, image, rows, head * stream.width, SOFT and TILING.RESIDENT, TILING)
     seen = image_of(stream, image, head * stream.width)
     last = tl.minimum(split * span + span, stream.pixels)
-    found = stream_sums(Asking(rows, queries, tile), seen, values, split * span, last, SOFT, TILING)
+    found = stream_sums(asking, seen, values, split * span, last, SOFT, TILING)
     places = (image * stream.query_count + rows) * HEADS + head
     store_sums(parts, split, places, rows < stream.query_count, values, found, block_v == 0)
 
@@ -166,7 +150,7 @@ def merge_sums(parts, splits, row, inside, values):
 
 
 @triton.jit
-def _merge_sums_kernel(
+def merge_sums_kernel(
     parts,
     splits,
     pooled,  # [rows, D]
@@ -183,102 +167,3 @@ def _merge_sums_kernel(
     store_tile(contiguous(pooled, parts.rows, parts.width), row, values, means)
     if tl.program_id(1) == 0:
         tl.store(logsumexp + row, normaliser if SOFT else tl.zeros((BLOCK_R,), tl.float32), mask=inside)
-
-
-NARROW = 64
-WIDEST_VALUES = 256
-"""Channels whose sums a program keeps; half of that in float32."""
-
-
-def config_for(features: Tensor, width: int, mask: Mask | None, position: Tensor | None, arch: int) -> Config:
-    """The tiles of a call; `width` is that of a head."""
-    scope = "narrow" if width <= NARROW else "plain"
-    if isinstance(mask, EmbeddingMask):
-        scope = "embedding" if position is None else "embedding+position"
-    return config_of("pool_prototypes", arch, features.dtype, scope)
-
-
-def values_of(features: Tensor, width: int) -> int:
-    """How many channels' sums a program keeps."""
-    return min(power_of_two(width), WIDEST_VALUES // (2 if features.dtype == torch.float32 else 1))
-
-
-def empty_parts(like: Tensor, splits: int, shape: tuple[int, ...], width: int) -> Parts:
-    """Room for what `splits` programs leave for each row; `shape` is that of the rows."""
-    sums = like.new_empty((splits, *shape, width), dtype=torch.float32)
-    return Parts(sums, like.new_empty((splits, 3, *shape), dtype=torch.float32), math.prod(shape), width)
-
-
-def plan(
-    features_BPC: Tensor,
-    queries_BQC: Tensor | None,
-    mask: Mask | None,
-    position_BPC: Tensor | None,
-    *,
-    heads: int,
-    arch: int,
-    splits: int | None = None,
-) -> tuple[tuple[Launch, Launch], Tensor, Tensor]:
-    """The launches of one call and what they write: pooled features and logsumexp. See `select_prototypes.triton_kernels.plan`."""
-    batch, pixels = features_BPC.shape[:2]
-    width = features_BPC.shape[2] // heads
-    config = config_for(features_BPC, width, mask, position_BPC, arch)
-    count = count_queries(queries_BQC, mask)
-    block_v = values_of(features_BPC, width)
-    blocks_v = -(-width // block_v)
-    block_q, blocks_q, splits, span = shares_of(config, count, pixels, batch * heads * blocks_v, arch, splits)
-    shape = (batch, count, heads)
-    parts = empty_parts(features_BPC, splits, shape, width)
-    pooled = features_BPC.new_empty((*shape, width))
-    logsumexp = features_BPC.new_empty(shape, dtype=torch.float32)
-    arguments = {
-        "stream": stream_of(features_BPC, queries_BQC, mask, position_BPC, width=width),
-        "parts": parts,
-        "span": span,
-        "HEADS": heads,
-        "SOFT": queries_BQC is not None,
-        "BLOCKS_Q": blocks_q,
-        "BLOCK_V": block_v,
-        "TILING": constants(tiling_of(features_BPC, mask, position_BPC, config, width=width, block_q=block_q)),
-    }
-    grid = (splits, batch * heads, blocks_v * blocks_q)
-    pool = Launch(_pool_prototypes_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
-    merging = {"parts": parts, "splits": splits, "pooled": pooled, "logsumexp": logsumexp}
-    merging |= {"SOFT": queries_BQC is not None, "BLOCK_R": 16, "BLOCK_V": block_v}
-    merge = Launch(_merge_sums_kernel, (-(-parts.rows // 16), blocks_v), merging, num_warps=4, num_stages=2)
-    return (pool, merge), pooled, logsumexp
-
-
-def pool_prototypes(
-    features_BPC: Tensor,
-    queries_BQC: Tensor | None,
-    mask: Mask | None,
-    position_BPC: Tensor | None,
-    *,
-    heads: int,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `emca_kernels.pool_prototypes.op`; scores and sums are float32, weights are rounded to the features' dtype."""
-    arch = architecture(features_BPC.device)
-    launches, pooled, logsumexp = plan(features_BPC, queries_BQC, mask, position_BPC, heads=heads, arch=arch, splits=splits)
-    for launch in launches:
-        launch.run(features_BPC.device)
-    return pooled, logsumexp
-
-
-def variants(arch: int) -> Iterator[tuple[str, tuple[Launch, ...]]]:
-    """Name and launches of one call for each branch of the kernels and each entry of the table, on tensors without values."""
-    cases = [("bf16", True, mask, 256, 1, 100, "") for mask in MASKS]
-    cases += [("fp32", True, mask, 256, 1, 100, "") for mask in ("none", "bool", "embedding")]
-    cases += [(dtype, False, mask, 256, 1, 100, "") for dtype in ("bf16", "fp32") for mask in ("bool", "embedding")]
-    cases += [("fp16", True, "bool", 256, 1, 100, ""), ("bf16", True, "embedding", 512, 1, 100, "")]
-    cases += [(dtype, True, "bool", 64, 1, 100, "") for dtype in ("bf16", "fp32")]
-    cases += [(dtype, True, "bool", 256, 8, 100, "") for dtype in ("bf16", "fp32")]
-    cases += [("bf16", True, "bool", 256, 1, count, "") for count in (1, 37)]
-    cases += [(dtype, True, mask, 256, 1, 100, "position") for dtype in ("bf16", "fp32") for mask in ("bool", "embedding")]
-    cases += [(dtype, True, "packed", 256, 1, 100, "pixels contiguous") for dtype in ("bf16", "fp32")]
-    for dtype, soft, kind, channels, heads, count, extra in cases:
-        features, queries, mask, position = example(dtype, kind, channels, count, extra)
-        launches, *_ = plan(features, queries if soft else None, mask, position, heads=heads, arch=arch)
-        how = "soft" if soft else "mean"
-        yield described(dtype, how, f"mask={kind}", f"C={channels}", f"M={heads}", f"Q={count}", extra), launches
