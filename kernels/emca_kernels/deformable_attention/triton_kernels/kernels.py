@@ -10,15 +10,6 @@ import triton.language as tl
 from emca_kernels.triton.tiles import Matrix
 
 
-@triton.jit
-def _between(coordinate, size):
-    """The pixel at or before a coordinate, -2 if that is NaN or far outside, and how far behind it the coordinate lies."""
-    floor = tl.floor(coordinate)
-    above = tl.where(floor > -2.0, floor, -2.0)
-    low = tl.where(above < size.to(tl.float32), above, size.to(tl.float32)).to(tl.int32)
-    return low, coordinate - floor
-
-
 class Values(NamedTuple):
     """[B, P, M, D] in memory."""
 
@@ -101,6 +92,15 @@ def _values_of(values, queries, pixels, width):
     """The values of one image and head."""
     base = values.base + (queries.image * values.image_stride + queries.head * values.head_stride)
     return Matrix(base, values.pixel_stride, values.channel_stride, pixels, width)
+
+
+@triton.jit
+def _between(coordinate, size):
+    """The pixel at or before a coordinate, -2 if that is NaN or far outside, and how far behind it the coordinate lies."""
+    floor = tl.floor(coordinate)
+    above = tl.where(floor > -2.0, floor, -2.0)
+    low = tl.where(above < size.to(tl.float32), above, size.to(tl.float32)).to(tl.int32)
+    return low, coordinate - floor
 
 
 @triton.jit

@@ -34,9 +34,8 @@ def emca_attention_merge_kernel(
     channels = tl.arange(0, ATTENDING.BLOCK_C)
     keyed = tl.arange(0, ATTENDING.BLOCK_D)
     prototypes = contiguous(attended.rows_BQC, count, width)
-    store_tile(
-        prototypes, row, channels, rounded(_prototypes(stream, found, attended.kept_BQ, splits, row, channels, ATTENDING), like, UPCAST)
-    )
+    gathered = _gather(stream, found, attended.kept_BQ, splits, row, channels, ATTENDING)
+    store_tile(prototypes, row, channels, rounded(gathered, like, UPCAST))
     tl.debug_barrier()
 
     key = _linear(prototypes, projections.key_weight_DC, projections.key_bias_D, row, keyed, key_width, ATTENDING)
@@ -62,12 +61,12 @@ def emca_attention_merge_kernel(
 
 
 @triton.jit
-def _prototypes(stream, found, kept, splits, row, channels, ATTENDING: tl.constexpr):
-    """Float32 [BLOCK_R, BLOCK_C]: the chosen pixels' features with their position, or weighted means. Writes what is kept of the choice."""
+def _gather(stream, found, kept, splits, row, channels, ATTENDING: tl.constexpr):
+    """Prototypes as float32 features [BLOCK_R, BLOCK_C]: chosen pixels with their position, or means. Writes what is kept of the choice."""
     inside = row < found.parts.rows
     if ATTENDING.SELECTION == ARGMAX:
         above = tl.full((ATTENDING.BLOCK_R,), (1 << 63) - 1, tl.int64)
-        best = highest_key(found.keys, row.to(tl.int64), inside, splits, above, ATTENDING.BLOCK_R, ATTENDING.BLOCK_S)
+        best = highest_key(found.keys, row.to(tl.int64), inside, splits, above, ATTENDING.BLOCK_S)
         pixel = tl.where(inside, pixel_of(best), 0)
         tl.store(kept + row, pixel, mask=inside)
         image = row // stream.query_count

@@ -107,9 +107,9 @@ def select_prototypes_fwd_kernel(
 
 
 @triton.jit
-def highest_key(keys, places, inside, candidates, below, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+def highest_key(keys, places, inside, candidates, below, BLOCK_S: tl.constexpr):
     """The highest of the candidates of each row that is lower than `below`, or NOTHING."""
-    best = tl.full((BLOCK_R,), NOTHING, tl.int64)
+    best = tl.full((places.shape[0],), NOTHING, tl.int64)
     for first in range(0, candidates, BLOCK_S):
         column = first + tl.arange(0, BLOCK_S)
         here = inside[:, None] & (column < candidates)[None, :]
@@ -137,7 +137,7 @@ def merge_keys_kernel(
     first_index = tl.zeros((BLOCK_R,), tl.int64)
     first_allowed = tl.zeros((BLOCK_R,), tl.int64)
     for slot in range(count):
-        best = highest_key(keys, places, inside, candidates, previous, BLOCK_R, BLOCK_S)
+        best = highest_key(keys, places, inside, candidates, previous, BLOCK_S)
         allowed = best >> 62
         index = pixel_of(best)
         first_allowed = tl.where(slot == 0, allowed, first_allowed)
