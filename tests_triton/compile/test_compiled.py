@@ -83,7 +83,7 @@ def bind(launch: Launch, architecture: int, keys: dict[Any, str]) -> tuple[str, 
     binder = jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     bound, specialization, others = binder(**launch.arguments, **options)
     key = jit.compute_cache_key(keys, specialization, others)
-    return key, launch.kernel._pack_args(backend, options, bound, specialization, others)[1:]
+    return key, launch.kernel._pack_args(backend, {**launch.arguments, **options}, bound, specialization, others)[1:]
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY_BYTES)

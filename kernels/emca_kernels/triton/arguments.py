@@ -26,8 +26,11 @@ class Batched(NamedTuple):
     column_stride: int
 
 
-class Stream(NamedTuple):
-    """What a kernel takes that streams pixels past queries. Tensors that are not there are stood for by others, and not read."""
+class Streamed(NamedTuple):
+    """What a kernel takes that streams pixels past queries. Tensors that are not there are stood for by others, and not read.
+
+    Not `stream`: a parameter of that name is refused by Triton's launch.
+    """
 
     features: Batched
     """[B, P, M * D]"""
@@ -105,10 +108,10 @@ def count_queries(queries: Tensor | None, mask: Mask | None) -> int:
     return counted.shape[1]
 
 
-def stream_of(features: Tensor, queries: Tensor | None, mask: Mask | None, position: Tensor | None, *, width: int) -> Stream:
+def streamed_of(features: Tensor, queries: Tensor | None, mask: Mask | None, position: Tensor | None, *, width: int) -> Streamed:
     """`width` is that of a head."""
     _, first, second = mask_matrices(mask)
-    return Stream(
+    return Streamed(
         strided(Batched, features, instead=features),
         strided(Batched, position, instead=features),
         strided(Batched, queries, instead=features),

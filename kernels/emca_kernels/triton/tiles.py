@@ -73,13 +73,13 @@ def transposed(matrix):
 
 
 @triton.jit
-def image_of(stream, image, first_channel=0):
-    """One image of what is streamed; see `arguments.Stream`."""
+def image_of(streamed, image, first_channel=0):
+    """One image of what is streamed; see `arguments.Streamed`."""
     return Image(
-        matrix_of(stream.features, image, stream.pixels, stream.width, first_channel),
-        matrix_of(stream.position, image, stream.pixels, stream.width, first_channel),
-        matrix_of(stream.mask, image, stream.query_count, stream.mask_width),
-        matrix_of(stream.mask_features, image, stream.pixels, stream.mask_width),
+        matrix_of(streamed.features, image, streamed.pixels, streamed.width, first_channel),
+        matrix_of(streamed.position, image, streamed.pixels, streamed.width, first_channel),
+        matrix_of(streamed.mask, image, streamed.query_count, streamed.mask_width),
+        matrix_of(streamed.mask_features, image, streamed.pixels, streamed.mask_width),
     )
 
 
@@ -118,9 +118,9 @@ def load_resident(matrix, rows, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, UPC
 
 
 @triton.jit
-def asking_of(stream, image, rows, first_channel, LOADED: tl.constexpr, TILING: tl.constexpr):
+def asking_of(streamed, image, rows, first_channel, LOADED: tl.constexpr, TILING: tl.constexpr):
     """Queries of one image from a channel on, those of `rows` on chip if LOADED."""
-    queries = matrix_of(stream.queries, image, stream.query_count, stream.width, first_channel)
+    queries = matrix_of(streamed.queries, image, streamed.query_count, streamed.width, first_channel)
     return Asking(rows, queries, load_resident(queries, rows, TILING.BLOCK_C, LOADED, TILING.UPCAST))
 
 

@@ -14,7 +14,7 @@ from emca_kernels.triton.tiles import contiguous, load_tile, multiply, rounded, 
 
 @triton.jit
 def emca_attention_merge_kernel(
-    stream,
+    streamed,
     found,
     projections,
     attended,  # results; see emca_attention.arguments
@@ -28,13 +28,13 @@ def emca_attention_merge_kernel(
     What one product leaves, the next reads by pieces: through memory, where no other program looks, and barriers.
     """
     UPCAST: tl.constexpr = ATTENDING.UPCAST
-    like = stream.features.base
+    like = streamed.features.base
     count, width = found.parts.rows, found.parts.width
     row = tl.program_id(0) * ATTENDING.BLOCK_R + tl.arange(0, ATTENDING.BLOCK_R)
     channels = tl.arange(0, ATTENDING.BLOCK_C)
     keyed = tl.arange(0, ATTENDING.BLOCK_D)
     prototypes = contiguous(attended.rows_BQC, count, width)
-    gathered = _gather(stream, found, attended.kept_BQ, splits, row, channels, ATTENDING)
+    gathered = _gather(streamed, found, attended.kept_BQ, splits, row, channels, ATTENDING)
     store_tile(prototypes, row, channels, rounded(gathered, like, UPCAST))
     tl.debug_barrier()
 
@@ -56,12 +56,12 @@ def emca_attention_merge_kernel(
     if ATTENDING.PROJECTED_RESIDUAL:
         kept = load_tile(projected, row, channels, UPCAST)
     else:
-        kept = _load_rows(stream.queries, row // stream.query_count, row % stream.query_count, channels, found.parts, row)
+        kept = _load_rows(streamed.queries, row // streamed.query_count, row % streamed.query_count, channels, found.parts, row)
     store_tile(contiguous(attended.queries_BQC, count, width), row, channels, rounded(out + kept.to(tl.float32), like, UPCAST))
 
 
 @triton.jit
-def _gather(stream, found, kept, splits, row, channels, ATTENDING: tl.constexpr):
+def _gather(streamed, found, kept, splits, row, channels, ATTENDING: tl.constexpr):
     """Prototypes as float32 features [BLOCK_R, BLOCK_C]: chosen pixels with their position, or means. Writes what is kept of the choice."""
     inside = row < found.parts.rows
     if ATTENDING.SELECTION == ARGMAX:
@@ -69,10 +69,10 @@ def _gather(stream, found, kept, splits, row, channels, ATTENDING: tl.constexpr)
         best = highest_key(found.keys, row.to(tl.int64), inside, splits, above, ATTENDING.BLOCK_S)
         pixel = tl.where(inside, pixel_of(best), 0)
         tl.store(kept + row, pixel, mask=inside)
-        image = row // stream.query_count
-        gathered = _load_rows(stream.features, image, pixel, channels, found.parts, row).to(tl.float32)
+        image = row // streamed.query_count
+        gathered = _load_rows(streamed.features, image, pixel, channels, found.parts, row).to(tl.float32)
         if ATTENDING.POSITION:
-            gathered += _load_rows(stream.position, image, pixel, channels, found.parts, row).to(tl.float32)
+            gathered += _load_rows(streamed.position, image, pixel, channels, found.parts, row).to(tl.float32)
     else:
         gathered, normaliser = merge_sums(found.parts, splits, row, inside, channels)
         tl.store(kept + row, normaliser if ATTENDING.SELECTION == SOFTMAX else tl.zeros((ATTENDING.BLOCK_R,), tl.float32), mask=inside)

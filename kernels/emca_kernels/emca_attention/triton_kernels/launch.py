@@ -16,7 +16,7 @@ from emca_kernels.masks import Mask
 from emca_kernels.pool_prototypes.triton_kernels import launch as pooling
 from emca_kernels.pool_prototypes.triton_kernels.kernels import Parts
 from emca_kernels.select_prototypes.triton_kernels import launch as selecting
-from emca_kernels.triton.arguments import Batched, constants, needs_upcast, stream_of, strided, tiling_of
+from emca_kernels.triton.arguments import Batched, constants, needs_upcast, streamed_of, strided, tiling_of
 from emca_kernels.triton.configs import Config, power_of_two, shares_of
 from emca_kernels.triton.examples import MASKS, described, example
 from emca_kernels.triton.runtime import Launch, architecture
@@ -63,7 +63,7 @@ def plan(call: Call, *, arch: int, splits: int | None = None) -> tuple[tuple[Lau
         BLOCK_V=block_v,
     )
     arguments = {
-        "stream": stream_of(call.features_BPC, queries, call.mask, call.position_BPC, width=width),
+        "streamed": streamed_of(call.features_BPC, queries, call.mask, call.position_BPC, width=width),
         "query_position": strided(Batched, call.query_position_BQC, instead=queries),
         "projections": call.projections,
         "scale": queries if call.scale is None else call.scale,
@@ -114,7 +114,7 @@ def _plan_merge(call: Call, found: Found, splits: int, arch: int) -> tuple[Launc
     )
     arguments = {
         # no mask: kernels that differ in nothing else are one
-        "stream": stream_of(features, queries, None, call.position_BPC, width=width),
+        "streamed": streamed_of(features, queries, None, call.position_BPC, width=width),
         "found": found,
         "projections": call.projections,
         "attended": attended,

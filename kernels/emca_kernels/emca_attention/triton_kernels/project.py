@@ -45,11 +45,11 @@ class Folding(NamedTuple):
 
 
 @triton.jit
-def folding_of(stream, query_position, projections, scale, found, key_width, image):
+def folding_of(streamed, query_position, projections, scale, found, key_width, image):
     """That of one image; see `arguments` for what it is made of."""
-    count, width = stream.query_count, stream.width
+    count, width = streamed.query_count, streamed.width
     return Folding(
-        matrix_of(stream.queries, image, count, width),
+        matrix_of(streamed.queries, image, count, width),
         matrix_of(query_position, image, count, width),
         contiguous(projections.query_weight_DC, key_width, width),
         projections.query_bias_D,

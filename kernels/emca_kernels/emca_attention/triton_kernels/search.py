@@ -14,7 +14,7 @@ from emca_kernels.triton.tiles import Asking, image_of
 
 @triton.jit
 def emca_attention_fwd_kernel(
-    stream,
+    streamed,
     query_position,  # [B, Q, C]
     projections,
     scale,  # one number
@@ -29,13 +29,13 @@ def emca_attention_fwd_kernel(
     image = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(2) % SEARCHING.BLOCKS_Q) * TILING.BLOCK_Q + tl.arange(0, TILING.BLOCK_Q)
     block_v = tl.program_id(2) // SEARCHING.BLOCKS_Q
-    folding = folding_of(stream, query_position, projections, scale, found, key_width, image)
+    folding = folding_of(streamed, query_position, projections, scale, found, key_width, image)
     tile = fold_queries(folding, rows, (split == 0) & (block_v == 0), SEARCHING, TILING)
     asking = Asking(rows, folding.folded, tile)
-    seen = image_of(stream, image)
-    last = tl.minimum(split * span + span, stream.pixels)
-    inside = rows < stream.query_count
-    places = image * stream.query_count + rows
+    seen = image_of(streamed, image)
+    last = tl.minimum(split * span + span, streamed.pixels)
+    inside = rows < streamed.query_count
+    places = image * streamed.query_count + rows
     if SEARCHING.SELECTION == ARGMAX:
         kept = stream_best(asking, seen, split * span, last, 1, TILING)
         slots = places[:, None] * tl.num_programs(0) + split + tl.arange(0, 1)[None, :]

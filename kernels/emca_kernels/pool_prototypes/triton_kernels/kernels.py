@@ -96,7 +96,7 @@ def store_sums(parts, split, places, inside, values, found, is_first):
 
 @triton.jit
 def pool_prototypes_fwd_kernel(
-    stream,
+    streamed,
     parts,  # rows [B, Q, M]
     span,
     HEADS: tl.constexpr,
@@ -112,12 +112,12 @@ def pool_prototypes_fwd_kernel(
     rows = (tl.program_id(2) % BLOCKS_Q) * TILING.BLOCK_Q + tl.arange(0, TILING.BLOCK_Q)
     block_v = tl.program_id(2) // BLOCKS_Q
     values = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    asking = asking_of(stream, image, rows, head * stream.width, SOFT and TILING.RESIDENT, TILING)
-    seen = image_of(stream, image, head * stream.width)
-    last = tl.minimum(split * span + span, stream.pixels)
+    asking = asking_of(streamed, image, rows, head * streamed.width, SOFT and TILING.RESIDENT, TILING)
+    seen = image_of(streamed, image, head * streamed.width)
+    last = tl.minimum(split * span + span, streamed.pixels)
     found = stream_sums(asking, seen, values, split * span, last, SOFT, TILING)
-    places = (image * stream.query_count + rows) * HEADS + head
-    store_sums(parts, split, places, rows < stream.query_count, values, found, block_v == 0)
+    places = (image * streamed.query_count + rows) * HEADS + head
+    store_sums(parts, split, places, rows < streamed.query_count, values, found, block_v == 0)
 
 
 @triton.jit

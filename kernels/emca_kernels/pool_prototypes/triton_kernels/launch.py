@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emca_kernels.masks import EmbeddingMask, Mask
 from emca_kernels.pool_prototypes.triton_kernels.kernels import Parts, merge_sums_kernel, pool_prototypes_fwd_kernel
-from emca_kernels.triton.arguments import constants, count_queries, stream_of, tiling_of
+from emca_kernels.triton.arguments import constants, count_queries, streamed_of, tiling_of
 from emca_kernels.triton.configs import Config, config_of, power_of_two, shares_of
 from emca_kernels.triton.examples import MASKS, described, example
 from emca_kernels.triton.runtime import Launch, architecture
@@ -62,7 +62,7 @@ def plan(
     pooled = features_BPC.new_empty((*shape, width))
     logsumexp = features_BPC.new_empty(shape, dtype=torch.float32)
     arguments = {
-        "stream": stream_of(features_BPC, queries_BQC, mask, position_BPC, width=width),
+        "streamed": streamed_of(features_BPC, queries_BQC, mask, position_BPC, width=width),
         "parts": parts,
         "span": span,
         "HEADS": heads,

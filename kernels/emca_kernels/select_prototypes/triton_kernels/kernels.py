@@ -85,7 +85,7 @@ def stream_best(asking, image, first_pixel, last_pixel, K: tl.constexpr, TILING:
 
 @triton.jit
 def select_prototypes_fwd_kernel(
-    stream,
+    streamed,
     keys,  # [B, Q, M, splits * K]
     span,
     HEADS: tl.constexpr,
@@ -97,13 +97,13 @@ def select_prototypes_fwd_kernel(
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     rows = tl.program_id(2) * TILING.BLOCK_Q + tl.arange(0, TILING.BLOCK_Q)
-    asking = asking_of(stream, image, rows, head * stream.width, TILING.RESIDENT, TILING)
-    seen = image_of(stream, image, head * stream.width)
-    last = tl.minimum(split * span + span, stream.pixels)
+    asking = asking_of(streamed, image, rows, head * streamed.width, TILING.RESIDENT, TILING)
+    seen = image_of(streamed, image, head * streamed.width)
+    last = tl.minimum(split * span + span, streamed.pixels)
     kept = stream_best(asking, seen, split * span, last, K, TILING)
     slots = tl.num_programs(0) * K
-    places = ((image * stream.query_count + rows) * HEADS + head) * slots + split * K
-    tl.store(keys + places[:, None] + tl.arange(0, K)[None, :], kept, mask=(rows < stream.query_count)[:, None])
+    places = ((image * streamed.query_count + rows) * HEADS + head) * slots + split * K
+    tl.store(keys + places[:, None] + tl.arange(0, K)[None, :], kept, mask=(rows < streamed.query_count)[:, None])
 
 
 @triton.jit

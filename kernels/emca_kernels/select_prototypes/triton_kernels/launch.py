@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emca_kernels.masks import EmbeddingMask, Mask
 from emca_kernels.select_prototypes.triton_kernels.kernels import merge_keys_kernel, select_prototypes_fwd_kernel
-from emca_kernels.triton.arguments import constants, stream_of, tiling_of
+from emca_kernels.triton.arguments import constants, streamed_of, tiling_of
 from emca_kernels.triton.configs import Config, config_of, power_of_two, shares_of
 from emca_kernels.triton.examples import MASKS, described, example
 from emca_kernels.triton.runtime import Launch, architecture
@@ -49,7 +49,7 @@ def plan(
     indices = queries_BQC.new_empty((batch, count, heads, k), dtype=torch.int64)
     scores = features_BPC.new_empty((batch, count, heads, k))
     arguments = {
-        "stream": stream_of(features_BPC, queries_BQC, mask, position_BPC, width=width),
+        "streamed": streamed_of(features_BPC, queries_BQC, mask, position_BPC, width=width),
         "keys": keys,
         "span": span,
         "HEADS": heads,
