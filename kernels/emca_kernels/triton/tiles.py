@@ -86,7 +86,8 @@ def image_of(streamed, image, first_channel=0):
 @triton.jit
 def load_tile(matrix, rows, columns, UPCAST: tl.constexpr):
     """Elements [rows, columns] of a matrix, zero beyond its ends. UPCAST: the interpreter multiplies bfloat16 as integers."""
-    tile = tl.load(_pointers(matrix, rows, columns), mask=_inside(matrix, rows, columns), other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * matrix.row_stride + columns.to(tl.int64)[None, :] * matrix.column_stride
+    tile = tl.load(matrix.base + offsets, mask=_inside(matrix, rows, columns), other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
