@@ -86,6 +86,7 @@ def image_of(streamed, image, first_channel=0):
 @triton.jit
 def load_tile(matrix, rows, columns, UPCAST: tl.constexpr):
     """Elements [rows, columns] of a matrix, zero beyond its ends. UPCAST: the interpreter multiplies bfloat16 as integers."""
+    # added to the base as one: one after the other, as in `_pointers`, two kernels spill with Triton 3.6
     offsets = rows.to(tl.int64)[:, None] * matrix.row_stride + columns.to(tl.int64)[None, :] * matrix.column_stride
     tile = tl.load(matrix.base + offsets, mask=_inside(matrix, rows, columns), other=0.0)
     if UPCAST:
