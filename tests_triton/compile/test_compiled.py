@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from emca_kernels.triton import inspection
 from emca_kernels.triton.configs import SHARED_MEMORY_BYTES
-from emca_kernels.triton.runtime import interpreting
+from emca_kernels.triton.runtime import Launch, interpreting
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import jit
 
 if interpreting():
     pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
@@ -34,31 +39,71 @@ def test_the_table_holds_what_is_compiled_and_nothing_else() -> None:
     assert recorded is None or set(recorded) == set(NAMES)
 
 
+def compiled_for(launch: Launch) -> Iterator[tuple[str, object]]:
+    """Names and values of what a kernel is compiled for, of tuples those of their members."""
+    for parameter in launch.kernel.params:
+        if parameter.is_constexpr:
+            value = launch.arguments[parameter.name]
+            if isinstance(value, tuple):
+                yield from ((name, member.value) for name, member in value._asdict().items())
+            else:
+                yield parameter.name, value
+
+
 @pytest.mark.parametrize("architecture", SHARED_MEMORY_BYTES)
 def test_every_branch_is_among_them(architecture: int) -> None:
     reached: dict[tuple[str, str], set[object]] = {}
     for _, launch in inspection.variants(architecture):
-        for parameter in launch.kernel.params:
-            if parameter.is_constexpr:
-                reached.setdefault((launch.kernel.fn.__name__, parameter.name), set()).add(launch.arguments[parameter.name])
-    for kernel in ("_select_prototypes_fwd_kernel", "_pool_prototypes_fwd_kernel"):
+        for name, value in compiled_for(launch):
+            reached.setdefault((launch.kernel.fn.__name__, name), set()).add(value)
+    for kernel in ("select_prototypes_fwd_kernel", "pool_prototypes_fwd_kernel"):
         assert reached[kernel, "HEADS"] == {1, 8}
-    for kernel in ("_select_prototypes_fwd_kernel", "_pool_prototypes_fwd_kernel", "_emca_attention_fwd_kernel"):
+    for kernel in ("select_prototypes_fwd_kernel", "pool_prototypes_fwd_kernel", "emca_attention_fwd_kernel"):
         assert reached[kernel, "MASK"] == {0, 1, 2, 3, 4}
         assert reached[kernel, "POSITION"] == reached[kernel, "RESIDENT"] == {True, False}
         assert reached[kernel, "MASK_RESIDENT"] == {True, False}
         # the interpreter alone needs it
         assert reached[kernel, "UPCAST"] == {False}
-    for kernel in ("_emca_attention_fwd_kernel", "_emca_attention_merge_kernel"):
+    for kernel in ("emca_attention_fwd_kernel", "emca_attention_merge_kernel"):
         assert reached[kernel, "SELECTION"] == {0, 1, 2}
         assert reached[kernel, "POSITION"] == {True, False}
-    assert reached["_emca_attention_fwd_kernel", "QUERY_POSITION"] == reached["_emca_attention_fwd_kernel", "SCALED"] == {True, False}
+    assert reached["emca_attention_fwd_kernel", "QUERY_POSITION"] == reached["emca_attention_fwd_kernel", "SCALED"] == {True, False}
     # an A100 holds no rows of 256 channels beside its tiles
-    assert reached["_emca_attention_fwd_kernel", "FOLD_ON_CHIP"] == {True, False}
-    assert reached["_emca_attention_merge_kernel", "PROJECTED_RESIDUAL"] == {True, False}
-    assert reached["_deformable_attention_fwd_kernel", "FROM_OFFSETS"] == {True, False}
-    assert reached["_select_prototypes_fwd_kernel", "K"] == {1, 2, 4, 8, 16}
-    assert reached["_pool_prototypes_fwd_kernel", "SOFT"] == reached["_merge_sums_kernel", "SOFT"] == {True, False}
+    assert reached["emca_attention_fwd_kernel", "FOLD_ON_CHIP"] == {True, False}
+    assert reached["emca_attention_merge_kernel", "PROJECTED_RESIDUAL"] == {True, False}
+    assert reached["deformable_attention_fwd_kernel", "FROM_OFFSETS"] == {True, False}
+    assert reached["select_prototypes_fwd_kernel", "K"] == {1, 2, 4, 8, 16}
+    assert reached["pool_prototypes_fwd_kernel", "SOFT"] == reached["merge_sums_kernel", "SOFT"] == {True, False}
+
+
+def bind(launch: Launch, architecture: int, keys: dict[Any, str]) -> tuple[str, tuple[Any, ...]]:
+    """What Triton looks a launch up by, and what it would compile for it: its own path, which needs a device only from there on."""
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    binder = jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, others = binder(**launch.arguments, **options)
+    key = jit.compute_cache_key(keys, specialization, others)
+    return key, launch.kernel._pack_args(backend, {**launch.arguments, **options}, bound, specialization, others)[1:]
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY_BYTES)
+def test_a_launch_would_compile_what_is_compiled_here(architecture: int) -> None:
+    for name, launch in inspection.variants(architecture):
+        signature, constants, attributes = bind(launch, architecture, {})[1]
+        source = inspection.source_of(launch)
+        assert (name, signature, constants) == (name, source.signature, source.constants)
+        assert {path: known for path, known in attributes.items() if known} == source.attrs
+
+
+def test_an_equal_call_compiles_nothing_anew() -> None:
+    keys: dict[Any, str] = {}
+    once = {name: bind(launch, 90, keys)[0] for name, launch in inspection.variants(90)}
+    known = len(keys)
+    again = {name: bind(launch, 90, keys)[0] for name, launch in inspection.variants(90)}
+    assert again == once
+    assert len(keys) == known
+    # each kernel looks its launches up among its own
+    assert len({(launch.kernel.fn.__name__, once[name]) for name, launch in inspection.variants(90)}) == len(once)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from emca_kernels import Projections, emca_attention
 from emca_kernels.emca_attention import reference, triton_kernels
 from emca_kernels.emca_attention.arguments import SELECTIONS, Attended
 from emca_kernels.masks import BoolMask
+from emca_kernels.triton.runtime import Launch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -160,10 +161,10 @@ def test_a_product_of_zero_has_no_direction(make: Maker, selection: str) -> None
 def test_two_launches(make: Maker, monkeypatch: pytest.MonkeyPatch, selection: str) -> None:
     layer = Layer(make, make(torch.float16, "embedding", pixels=37, queries=15, width=16, position=True), selection)
     launches: list[str] = []
-    run = triton_kernels.Launch.run
-    monkeypatch.setattr(triton_kernels.Launch, "run", lambda self, device: (launches.append(self.kernel.fn.__name__), run(self, device)))
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, device: (launches.append(self.kernel.fn.__name__), run(self, device)))
     layer.found()
-    assert launches == ["_emca_attention_fwd_kernel", "_emca_attention_merge_kernel"]
+    assert launches == ["emca_attention_fwd_kernel", "emca_attention_merge_kernel"]
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -82,6 +83,29 @@ def format_tables(of: Mapping[str, Mapping[Key, Config]]) -> str:
 def config_of(operator: str, architecture: int, dtype: torch.dtype, scope: str) -> Config:
     """The entry of an operator's table."""
     return tables()[operator][architecture, "float" if dtype == torch.float32 else "half", scope]
+
+
+class Shares(NamedTuple):
+    """How a launch that streams pixels is shared among programs."""
+
+    block_q: int
+    """Queries of a program."""
+    blocks_q: int
+    splits: int
+    """Programs that share the pixels of one image and block of queries."""
+    span: int
+    """Pixels of each."""
+
+
+def shares_of(
+    config: Config, queries: int, pixels: int, beside: int, architecture: int, splits: int | None = None, *, per_processor: int = 2
+) -> Shares:
+    """`beside`: programs of the launch that see the same queries and the same span; for the rest see `splits_of`."""
+    block_q = block_of(queries, config.block_q)
+    blocks_q = -(-queries // block_q)
+    return Shares(
+        block_q, blocks_q, *splits_of(pixels, config.block_p, beside * blocks_q, architecture, splits, per_processor=per_processor)
+    )
 
 
 def splits_of(

@@ -43,7 +43,7 @@ def variants(architecture: int) -> Iterator[tuple[str, Launch]]:
     for module in KERNELS:
         for name, launches in importlib.import_module(module).variants(architecture):
             for launch in launches:
-                kernel = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+                kernel = launch.kernel.fn.__name__.removesuffix("_kernel")
                 source = source_of(launch)
                 same = repr((kernel, source.signature, source.constants, source.attrs))
                 if same not in seen:
@@ -52,24 +52,30 @@ def variants(architecture: int) -> Iterator[tuple[str, Launch]]:
 
 
 def source_of(launch: Launch) -> Any:
-    """What Triton would compile for this launch: a number that is 1 is a constant, one that 16 divides is known to be."""
+    """What Triton would compile for this launch: a number that is 1 is a constant, one that 16 divides is known to be.
+
+    Tuples keep their form; their members have paths, such as (2, 0) for the first one of the third argument.
+    """
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[place,] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
+
+    def describe(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
+        if is_constant or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return type(value)(*(describe(member, (*path, place), False) for place, member in enumerate(value)))
         if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[place,] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[value.dtype]}"
+        return "i32" if abs(value) < 1 << 31 else "i64"
+
+    for place, parameter in enumerate(launch.kernel.params):
+        signature[parameter.name] = describe(launch.arguments[parameter.name], (place,), parameter.is_constexpr)
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 

@@ -26,7 +26,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any] = field(repr=False)
-    """Parameter name -> tensor, number, or value of a constexpr."""
+    """Parameter name -> tensor, number, named tuple of these, or what a constexpr parameter is given."""
     num_warps: int
     num_stages: int
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from emca_kernels.masks import Mask
-from emca_kernels.triton.arguments import example_mask
 from emca_kernels.triton.configs import TABLE, Config, Key, format_tables, tables
+from emca_kernels.triton.examples import example_mask
 from emca_kernels.triton.runtime import architecture, missing
 
 BATCH, PIXELS, QUERIES, WIDTH, NARROW_HEADS = 16, 128 * 256, 100, 256, 8
