@@ -88,6 +88,10 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "clip_norm": (float, "largest 2-norm of all gradients together (measure accuracy)"),
     "precision": (str, "float32, or bfloat16 for autocast in training (measure accuracy)"),
     "ema": (float, "decay of the average of the weights that is evaluated, 0 for none (measure accuracy)"),
+    "selection_weight": (
+        float,
+        "of the loss that draws the choice of a matched query into its true segment, 0 for none (measure accuracy)",
+    ),
     "frozen_norms": (bool, "whether batch norms keep what they have in training (measure accuracy)"),
     "short_side": (int, "shorter side of training images in pixels at scale 1, 0 for their own (measure accuracy)"),
     "loader_workers": (int, "processes that read and augment images; 0 holds all images in memory (measure accuracy)"),
@@ -100,6 +104,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
 """Everything a study may set beside its arms: type and meaning."""
 
 RECIPE_NUMBERS = (
+    "selection_weight",
     *("steps", "batch", "learning_rate", "backbone_multiplier", "weight_decay", "warmup", "schedule", "clip_norm", "points"),
     *("precision", "ema", "frozen_norms", "short_side", "seed"),
 )
