@@ -43,8 +43,8 @@ CEILINGS = ("burst", "matmul", "copy", "read")
 
 MEASURES = ("macs", "latency", "memory", "accuracy", "mechanism")
 
-NEEDS = ("one", "mean", "modes")
-"""What a generated task asks a cross-attention to find: one marked pixel, the mean of the mask, several marked pixels."""
+NEEDS = ("one", "mean", "modes", "apart")
+"""What a generated task asks a cross-attention to find: one marked pixel, the mean of the mask, several marked pixels, two told apart."""
 
 Value = str | int | float | bool
 
