@@ -70,10 +70,11 @@ def selection_loss(
 
 def _missed(kept: Kept, image: int, target: Segments, match: Match) -> Tensor:
     """Minus the log of the weight inside, of each matched query of an image that may look there, and each head."""
-    scores_QMP = kept.scores_BQMP[image].float()
+    # halves are too coarse for a log of a sum
+    scores_QMP = kept.scores_BQMP[image].to(torch.promote_types(kept.scores_BQMP.dtype, torch.float32))
     queries, segments = match.queries.to(scores_QMP.device), match.segments.to(target.masks.device)
     # the share of a cell that is in the segment, in 0..1
-    inside_NP = F.adaptive_avg_pool2d(target.masks[segments].float(), kept.shape).flatten(1).to(scores_QMP.device)
+    inside_NP = F.adaptive_avg_pool2d(target.masks[segments].float(), kept.shape).flatten(1).to(scores_QMP)
     open_NP = torch.ones_like(inside_NP, dtype=torch.bool)
     if kept.allowed_BQP is not None:
         open_NP = allow_everywhere_if_empty(kept.allowed_BQP[image, queries])

@@ -196,10 +196,11 @@ class _Run:
             predictions = self.wrapped(images)
         losses = self.criterion(predictions, targets)
         total = self.criterion.total(losses)
+        # what is recorded is what all arms minimise, so that their curves compare
+        loss = self.processes.mean(total.detach()).item()
         if recipe.selection_weight:
             missed = selection_loss(self.model, predictions, targets, points=recipe.points, over_processes=self.processes.mean)
             total = total + recipe.selection_weight * missed
-        loss = self.processes.mean(total.detach()).item()
         if not np.isfinite(loss):
             raise DivergedError(f"loss is {loss}")
         self.optimizer.zero_grad(set_to_none=True)

@@ -210,7 +210,15 @@ class EMCA(CrossAttention):
         if self._is_one_operator(features.shape[1], queries.shape[1]):
             return self._attend_at_once(queries, query_pos if self.positions else None, source_BPC, position_BPC, allowed)
         projected_BQD, compared_BQD = self._compared(queries, query_pos)
-        update = self._attend(self._prototypes(source_BPC, position_BPC, compared_BQD, allowed), compared_BQD)
+        given = (source_BPC, position_BPC, compared_BQD, allowed)
+        if self._needs_soft_gradient():
+            with torch.no_grad():
+                chosen_BQD = self._prototypes(*given, soft=False)
+            soft_BQD = self._prototypes(*given, soft=True)
+            prototypes_BQD = soft_BQD + (chosen_BQD - soft_BQD).detach()
+        else:
+            prototypes_BQD = self._prototypes(*given, soft=self.selection == "softmax")
+        update = self._attend(prototypes_BQD, compared_BQD)
         return update + (projected_BQD if self.residual == "projected" else queries)
 
     def _source(self, features: Tensor, feature_pos: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -321,9 +329,12 @@ class EMCA(CrossAttention):
             return False
         return self._macs(pixels, queries, folded=True) < self._macs(pixels, queries, folded=False)
 
-    def _prototypes(self, source_BPC: Tensor, position_BPC: Tensor | None, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
+    def _prototypes(
+        self, source_BPC: Tensor, position_BPC: Tensor | None, queries_BQD: Tensor, allowed: Tensor | None, *, soft: bool
+    ) -> Tensor:
         """Prototypes [B, Q, D]: rows of projected keys, or rows of features that are projected after they are gathered."""
         folds = self._folds(source_BPC.shape[1], queries_BQD.shape[1])
+        find = self._soft_rows if soft else self._chosen_rows
         if not folds:
             source_BPC, position_BPC = self.keys(with_position(source_BPC, position_BPC)), None
         mean_BQC = None
@@ -334,27 +345,26 @@ class EMCA(CrossAttention):
             assert mean_BQC is not None
             return self.key_projection(mean_BQC) if folds else mean_BQC
         if folds and self.heads > 1 and self.head_split == "keys":
-            return self._project_rows(_halfway(self._rows_of_folded_heads(source_BPC, position_BPC, queries_BQD, allowed), mean_BQC))
+            folded_BQMC = self._fold_heads(queries_BQD)
+            per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1)
+            rows_BQMC = find(source_BPC, position_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1).view_as(folded_BQMC)
+            return self._project_heads(_halfway(rows_BQMC, mean_BQC))
         asked_BQC = queries_BQD @ self.key_projection.weight if folds else queries_BQD
-        rows_BQC = _halfway(self._rows(source_BPC, position_BPC, asked_BQC, allowed, heads=self.heads), mean_BQC).flatten(2)
+        rows_BQC = _halfway(find(source_BPC, position_BPC, asked_BQC, allowed, heads=self.heads), mean_BQC).flatten(2)
         return self.key_projection(rows_BQC) if folds else rows_BQC
 
-    def _rows(self, source_BPC: Tensor, position_BPC: Tensor | None, asked_BQC: Tensor, allowed: Tensor | None, *, heads: int) -> Tensor:
-        """Rows [B, Q, heads, C / heads] of what is asked for: weighted by softmax, or chosen."""
-        if self.selection == "softmax":
-            return self._soft_rows(source_BPC, position_BPC, asked_BQC, allowed, heads=heads)
+    def _chosen_rows(
+        self, source_BPC: Tensor, position_BPC: Tensor | None, asked_BQC: Tensor, allowed: Tensor | None, *, heads: int
+    ) -> Tensor:
+        """Rows [B, Q, heads, C / heads] of the chosen pixels."""
         chosen = self._choose(source_BPC, asked_BQC, allowed, heads=heads, position=position_BPC)
         rows_BQMd = gather_mean(source_BPC, chosen)
-        if position_BPC is not None:
-            rows_BQMd = rows_BQMd + gather_mean(position_BPC.expand_as(source_BPC), chosen)
-        if not self._needs_soft_gradient():
-            return rows_BQMd
-        soft_BQMd = self._soft_rows(source_BPC, position_BPC, asked_BQC, allowed, heads=heads)
-        return soft_BQMd + (rows_BQMd - soft_BQMd).detach()
+        return rows_BQMd if position_BPC is None else rows_BQMd + gather_mean(position_BPC.expand_as(source_BPC), chosen)
 
     def _soft_rows(
         self, source_BPC: Tensor, position_BPC: Tensor | None, asked_BQC: Tensor, allowed: Tensor | None, *, heads: int
     ) -> Tensor:
+        """The same of all allowed pixels, weighted by a softmax."""
         scale = self.log_scale.exp()
         if scale.dim():
             # a head is a slice of the channels, or a query of its own
@@ -364,14 +374,12 @@ class EMCA(CrossAttention):
             asked_BQC = asked_BQC * scale
         return pool_prototypes(source_BPC, asked_BQC, allowed, heads=heads, position=position_BPC, backend=self.backend)
 
-    def _rows_of_folded_heads(self, source_BPC: Tensor, position_BPC: Tensor | None, queries_BQD: Tensor, allowed: Tensor | None) -> Tensor:
-        """Rows [B, Q, M, C] of raw features: W_K taken to the side of the queries, each head is a query of its own."""
+    def _fold_heads(self, queries_BQD: Tensor) -> Tensor:
+        """W_K taken to the side of the queries, [B, Q, M, C]: each head is a query of its own."""
         weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
-        folded_BQMC = torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
-        per_head = None if allowed is None else allowed.repeat_interleave(self.heads, dim=1)
-        return self._rows(source_BPC, position_BPC, folded_BQMC.flatten(1, 2), per_head, heads=1).view_as(folded_BQMC)
+        return torch.einsum("bqmd,mdc->bqmc", queries_BQD.unflatten(-1, (self.heads, -1)), weight_MdC)
 
-    def _project_rows(self, rows_BQMC: Tensor) -> Tensor:
+    def _project_heads(self, rows_BQMC: Tensor) -> Tensor:
         """Keys [B, Q, D] of a row per head, each head's own slice."""
         weight_MdC = self.key_projection.weight.unflatten(0, (self.heads, -1))
         return torch.einsum("bqmc,mdc->bqmd", rows_BQMC, weight_MdC).flatten(2) + self.key_projection.bias
