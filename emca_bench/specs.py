@@ -47,8 +47,8 @@ CEILINGS = ("burst", "matmul", "copy", "read")
 
 MEASURES = ("macs", "latency", "memory", "accuracy", "mechanism")
 
-NEEDS = ("one", "mean", "modes")
-"""What a generated task asks a cross-attention to find: one marked pixel, the mean of the mask, several marked pixels."""
+NEEDS = ("one", "mean", "modes", "apart")
+"""What a generated task asks a cross-attention to find: one marked pixel, the mean of the mask, several marked pixels, two told apart."""
 
 Value = str | int | float | bool
 
@@ -93,6 +93,10 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "clip_norm": (float, "largest 2-norm of all gradients together (measure accuracy)"),
     "precision": (str, "float32, or bfloat16 for autocast in training (measure accuracy)"),
     "ema": (float, "decay of the average of the weights that is evaluated, 0 for none (measure accuracy)"),
+    "selection_weight": (
+        float,
+        "of the loss that draws the choice of a matched query into its true segment, 0 for none (measure accuracy)",
+    ),
     "frozen_norms": (bool, "whether batch norms keep what they have in training (measure accuracy)"),
     "short_side": (int, "shorter side of training images in pixels at scale 1, 0 for their own (measure accuracy)"),
     "color": (str, "how colours are jittered: none, simple, ssd (measure accuracy)"),
@@ -110,6 +114,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
 """Everything a study may set beside its arms: type and meaning."""
 
 RECIPE_NUMBERS = (
+    "selection_weight",
     *("steps", "batch", "learning_rate", "backbone_multiplier", "weight_decay", "warmup", "schedule", "clip_norm", "points"),
     *("precision", "ema", "frozen_norms", "short_side", "color", "category_area", "seed"),
 )

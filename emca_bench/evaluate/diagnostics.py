@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from emca_kernels import select_prototypes
 from emca_kernels.masks import allow_everywhere_if_empty
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from emca_bench.data.targets import Targets, collate
 from emca_bench.models.attention.base import CrossAttention, with_position
 from emca_bench.models.attention.emca import EMCA
 from emca_bench.models.attention.masked import MaskedCrossAttention
+from emca_bench.models.attention.prototypes import first_pixel_if_empty
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.matcher import match_segments
 from emca_bench.models.predictions import Predictions
@@ -192,30 +192,24 @@ def _chooses(module: CrossAttention) -> bool:
 
 
 def _emca_weights(module: EMCA, call: Call) -> Tensor:
-    located = with_position(call.queries, call.query_pos) if module.positions else call.queries
-    source = with_position(call.features, call.feature_pos) if module.positions else call.features
-    if module.local_conv is not None:
-        source = module.local_conv(source, call.shape)
-    projected = module.query_projection(located if module.query_norm is None else module.query_norm(located))
-    compared = F.normalize(projected, dim=-1) if module.normalize_keys else projected
-    keys = module.keys(source)
+    scores_QMP = module.scores(call.queries, call.query_pos, call.features, call.feature_pos, shape=call.shape)[0]
     open_QP = allow_everywhere_if_empty(call.allowed)[0]
+    share_QMP = (open_QP.to(scores_QMP.dtype) / open_QP.sum(-1, keepdim=True))[:, None].expand_as(scores_QMP)
     if module.selection in ("mean", "random"):
-        share_QP = open_QP.to(keys.dtype) / open_QP.sum(-1, keepdim=True)
-        return share_QP[:, None].expand(-1, module.heads, -1)
+        return share_QMP
+    scores_QMP = scores_QMP.masked_fill(~open_QP[:, None], -torch.inf)
     if module.selection == "softmax":
-        return _attention(compared, keys, open_QP, module.heads, module.log_scale.exp())
-    indices, scores = (part[0] for part in select_prototypes(keys, compared, call.allowed, k=module.prototypes, heads=module.heads))
+        return scores_QMP.softmax(-1)
+    best, indices = scores_QMP.topk(module.prototypes, dim=-1)
     if module.selection == "topk_softmax":
-        weights_QMK = (scores / (module.width // module.heads) ** 0.5).softmax(-1)
+        weights_QMK = best.softmax(-1)
     else:
-        filled = (scores > -torch.inf).to(scores.dtype)
+        filled = (best > -torch.inf).to(best.dtype)
         weights_QMK = filled / filled.sum(-1, keepdim=True)
     if module.empty_mask == "first_pixel":
-        empty = ~call.allowed[0].any(-1)
-        indices = indices.masked_fill((empty & ~empty.all())[:, None, None], 0)
-    dense = keys.new_zeros(*indices.shape[:2], keys.shape[1])
-    return dense.scatter_add(-1, indices, weights_QMK.to(dense.dtype))
+        indices = first_pixel_if_empty(indices[None], call.allowed)[0]
+    chosen_QMP = torch.zeros_like(scores_QMP).scatter_add(-1, indices, weights_QMK)
+    return (chosen_QMP + share_QMP) / 2 if module.selection == "pool_and_prototype" else chosen_QMP
 
 
 def _masked_weights(module: MaskedCrossAttention, call: Call) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a cross-attention can find at all: tasks whose answer is one pixel, the mean of many, or several of them.
+"""What a cross-attention can find at all: tasks whose answer is one pixel, the mean of many, several of them, or two told apart.
 
 Generated and tiny, so that seconds on a CPU tell apart what months of training on images blur. They show what a mechanism can learn, and
 nothing about accuracy on images.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emca_bench.errors import UsageError
@@ -49,7 +50,8 @@ def make_puzzle(need: str, marks_QM: Tensor, *, batch: int, pixels: int, random:
 
     Args:
         need: "one": the value of the one pixel of the object that carries the query's mark. "mean": the mean value of the object.
-            "modes": the sum of the values of its MODES marked pixels. All scaled to a variance of about 1.
+            "modes": the sum of the values of its MODES marked pixels. "apart": of two pixels with different marks, half of the value
+            of each. All scaled to a variance of about 1.
         marks_QM: of the queries.
         batch, pixels: sizes.
         random: of all draws.
@@ -63,12 +65,17 @@ def make_puzzle(need: str, marks_QM: Tensor, *, batch: int, pixels: int, random:
     if need == "mean":
         answers_BQV = allowed_BQP.float() @ values_BPV / sizes_BQ1.sqrt()
     else:
-        count = {"one": 1, "modes": MODES}[need]
+        count = {"one": 1, "modes": MODES, "apart": 2}[need]
         drawn_BQP = torch.rand(batch, queries, pixels, generator=random).masked_fill(~allowed_BQP, -1)
         marked_BQN = drawn_BQP.topk(count, dim=-1).indices
-        where_BQP = torch.zeros_like(drawn_BQP).scatter(-1, marked_BQN, 1.0)
-        noise_BPM = noise_BPM + where_BQP.mT @ marks_QM
-        answers_BQV = where_BQP @ values_BPV / count**0.5
+        where_BQNP = F.one_hot(marked_BQN, pixels).float()
+        # "apart" has a second mark, the first one turned by a place; the others mark all their pixels alike
+        marks_QNM = torch.stack([marks_QM.roll(place if need == "apart" else 0, -1) for place in range(count)], 1)
+        noise_BPM = noise_BPM + torch.einsum("bqnp,qnm->bpm", where_BQNP, marks_QNM)
+        found_BQNV = where_BQNP @ values_BPV[:, None]
+        answers_BQV = found_BQNV.sum(2) / count**0.5
+        if need == "apart":
+            answers_BQV = torch.cat([found_BQNV[:, :, 0, : VALUES // 2], found_BQNV[:, :, 1, VALUES // 2 :]], -1)
     return Puzzle(torch.cat([values_BPV, noise_BPM], -1), allowed_BQP, answers_BQV, sizes_BQ1[..., 0] >= MODES)
 
 

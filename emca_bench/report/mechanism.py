@@ -9,7 +9,7 @@ from emca_bench.report.load import Run
 from emca_bench.report.tables import EMPTY, arm, verdict
 from emca_bench.specs import Cell, Study
 
-NEEDS = {"one": "One marked pixel", "mean": "Mean of the mask", "modes": "Several marked pixels"}
+NEEDS = {"one": "One marked pixel", "mean": "Mean of the mask", "modes": "Several marked pixels", "apart": "Two, told apart"}
 """Recorded names of the tasks, and their heads in the table."""
 
 _SAID = (

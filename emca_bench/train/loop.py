@@ -18,6 +18,7 @@ from emca_bench.errors import UsageError
 from emca_bench.models.criterion import Criterion
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.matcher import DivergedError
+from emca_bench.models.selection_loss import keep_scores, selection_loss
 from emca_bench.train.feed import Batch, Samples, Steps, feed
 from emca_bench.train.processes import Processes
 from emca_bench.train.recipe import Recipe, freeze_norms, make_optimizer
@@ -159,6 +160,8 @@ class Trainer:
         model.train()
         if recipe.frozen_norms:
             freeze_norms(model)
+        if recipe.selection_weight:
+            keep_scores(model)
         self.wrapped = processes.wrap(model)
 
     def state(self) -> dict[str, Any]:
@@ -193,7 +196,11 @@ class Trainer:
             predictions = self.wrapped(images)
         losses = self.criterion(predictions, targets)
         total = self.criterion.total(losses)
+        # what is recorded is what all arms minimise, so that their curves compare
         loss = self.processes.mean(total.detach()).item()
+        if recipe.selection_weight:
+            missed = selection_loss(self.model, predictions, targets, points=recipe.points, over_processes=self.processes.mean)
+            total = total + recipe.selection_weight * missed
         if not np.isfinite(loss):
             raise DivergedError(f"loss is {loss}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -215,7 +222,9 @@ class Trainer:
         return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
 
     def finish(self) -> None:
-        """Leave the averaged weights in the model."""
+        """Leave the averaged weights in the model, which is watched no more."""
+        if self.recipe.selection_weight:
+            keep_scores(self.model, False)
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 

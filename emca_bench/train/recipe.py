@@ -40,6 +40,7 @@ class Recipe:
         points: sampled points per mask in matching and losses.
         precision: "float32", or "bfloat16" for autocast with weights in float32.
         ema: decay of an exponential moving average of the weights, which is what is evaluated then; 0 for none.
+        selection_weight: of the loss on the choice of pixels, see `selection_loss`; 0 for none.
         frozen_norms: whether batch norms keep their statistics and their affine numbers.
         seed: of data order, augmentation and point sampling.
     """
@@ -61,6 +62,7 @@ class Recipe:
     points: int = 1024
     precision: str = "float32"
     ema: float = 0.0
+    selection_weight: float = 0.0
     frozen_norms: bool = False
     seed: int = 0
 
@@ -70,6 +72,8 @@ class Recipe:
         if not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1 or min(self.short_side, self.seed) < 0:
             raise UsageError(f"training needs 0 <= ema < 1, 0 <= warmup <= 1, short_side and seed of at least 0; found {self}")
         self.augmentation()
+        if not 0 <= self.selection_weight < math.inf:
+            raise UsageError(f"selection_weight={self.selection_weight}; expected a number of at least 0")
         for name, found, known in (("schedule", self.schedule, SCHEDULES), ("precision", self.precision, PRECISIONS)):
             if found not in known:
                 raise UsageError(f"{name}={found!r}{did_you_mean(found, known)}; expected one of {', '.join(known)}")

@@ -17,8 +17,9 @@ from emca_bench.models.mask2former import Mask2Former
 SIZE = (65, 97)
 
 
-def make(attention: str) -> Mask2Former:
-    return build_model("mask2former_tiny", num_classes=5, attention=attention, layers=2).eval().requires_grad_(False)
+def make(attention: str, **switches: object) -> Mask2Former:
+    model = build_model("mask2former_tiny", num_classes=5, attention=attention, attention_switches=switches, layers=2)
+    return model.eval().requires_grad_(False)
 
 
 def assert_close(found: tuple[np.ndarray, ...], model: Mask2Former, images: torch.Tensor) -> None:
@@ -28,10 +29,21 @@ def assert_close(found: tuple[np.ndarray, ...], model: Mask2Former, images: torc
         assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max()
 
 
-@pytest.mark.parametrize("attention", ["masked", "emca", "emca_soft"])
-def test_a_program_has_standard_operators_alone(attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "switches"),
+    [
+        ("masked", {}),
+        ("emca", {}),
+        ("emca_soft", {}),
+        ("emca_soft", {"heads": 4, "head_split": "features", "temperature": "per_head"}),
+        ("emca", {"selection": "pool_and_prototype", "selection_gradient": "straight_through", "alpha": "one", "norm_axis": "none"}),
+        ("emca", {"heads": 4, "head_split": "features", "alpha": "zero"}),
+        ("emca", {"product": "plain"}),
+    ],
+)
+def test_a_program_has_standard_operators_alone(attention: str, switches: dict[str, object]) -> None:
     # in double precision: no pixel or mask changes sides by rounding
-    model = make(attention).double()
+    model = make(attention, **switches).double()
     program = export_program(model, size=SIZE, batch=2)
     named = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {name.split(".")[0] for name in named} <= {"aten", "<built-in function getitem>"}

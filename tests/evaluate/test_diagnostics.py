@@ -40,6 +40,10 @@ def call_of(module: Any, *, width: int = 16, queries: int = 6, empty: int = 2) -
         {"normalize_keys": True, "local_conv": True, "query_norm": True},
         {"positions": False},
         {"empty_mask": "first_pixel"},
+        {"selection": "pool_and_prototype", "heads": 2},
+        {"selection": "softmax", "heads": 4, "temperature": "per_head", "temperature_start": 0.5},
+        {"selection": "softmax", "heads": 4, "head_split": "features"},
+        {"heads": 2, "head_split": "features"},
     ],
     ids=str,
 )
@@ -51,8 +55,11 @@ def test_weights_give_the_prototypes_of_emca(switches: dict[str, Any], residual:
     torch.testing.assert_close(weights_QMP.sum(-1), torch.ones_like(weights_QMP[..., 0]))
     features, pos = call.features, call.feature_pos if module.positions else torch.zeros_like(call.features)
     source = features + pos if module.local_conv is None else module.local_conv(features + pos, SHAPE)
-    keys_PMd = module.keys(source)[0].unflatten(-1, (module.heads, -1))
-    prototypes = torch.einsum("qmp,pmd->qmd", weights_QMP, keys_PMd).flatten(1)[None]
+    over_features = module.head_split == "features"
+    rows_PMd = (source if over_features else module.keys(source))[0].unflatten(-1, (module.heads, -1))
+    prototypes = torch.einsum("qmp,pmd->qmd", weights_QMP, rows_PMd).flatten(1)[None]
+    if over_features:
+        prototypes = module.key_projection(prototypes)
     located = call.queries + call.query_pos if module.positions else call.queries
     projected = module.query_projection(located if module.query_norm is None else module.query_norm(located))
     compared = torch.nn.functional.normalize(projected, dim=-1) if module.normalize_keys else projected

@@ -113,7 +113,7 @@ def test_the_element_wise_attention_is_of_floating_point_tensors(argument: str) 
 
 def test_the_element_wise_attention_names_a_wrong_axis_and_backend() -> None:
     tensors: dict[str, Any] = {name: torch.zeros(shape) for name, shape in ATTEND.items()}
-    with pytest.raises(ValueError, match="norm_axis='column', expected one of row, queries"):
+    with pytest.raises(ValueError, match="norm_axis='column', expected one of row, queries, none"):
         attend_prototypes(**tensors, norm_axis="column")
     with pytest.raises(ValueError, match="backend='cudnn' is no backend of attend_prototypes"):
         attend_prototypes(**tensors, backend="cudnn")

@@ -9,6 +9,7 @@ from emca_kernels import attend_prototypes
 from torch import Tensor
 
 AXES = ("row", "queries")
+ALL_AXES = (*AXES, "none")
 
 
 def make_inputs(batch: int, queries: int, width: int, out: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -23,7 +24,9 @@ def oracle(inputs: tuple[Tensor, ...], norm_axis: str) -> np.ndarray:
     for b in range(batch):
         product = np.stack([product_weight @ (queries[b, q] * prototypes[b, q]) + product_bias for q in range(count)])
         for q in range(count):
-            if norm_axis == "row":
+            if norm_axis == "none":
+                norm = np.ones(width)
+            elif norm_axis == "row":
                 norm = np.full(width, np.sqrt((product[q] ** 2).sum()))
             else:
                 norm = np.sqrt((product**2).sum(0))
@@ -32,7 +35,7 @@ def oracle(inputs: tuple[Tensor, ...], norm_axis: str) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("norm_axis", ALL_AXES)
 @pytest.mark.parametrize(("queries", "width", "out"), [(1, 1, 1), (5, 7, 7), (37, 16, 9)])
 def test_float64_agrees_with_the_formula(queries: int, width: int, out: int, norm_axis: str) -> None:
     inputs = make_inputs(2, queries, width, out)
@@ -40,7 +43,7 @@ def test_float64_agrees_with_the_formula(queries: int, width: int, out: int, nor
     np.testing.assert_allclose(attended.numpy(), oracle(inputs, norm_axis), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("norm_axis", ALL_AXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_stays_near_float64(dtype: torch.dtype, norm_axis: str) -> None:
     inputs = make_inputs(2, 9, 16, 12, dtype)
@@ -55,7 +58,7 @@ def test_the_norm_over_a_row_is_the_default() -> None:
     assert torch.equal(attend_prototypes(*inputs), attend_prototypes(*inputs, norm_axis="row"))
 
 
-@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("norm_axis", ALL_AXES)
 def test_only_the_norm_over_queries_couples_them(norm_axis: str) -> None:
     prototypes, queries, *rest = make_inputs(1, 6, 8, 8)
     before = attend_prototypes(prototypes, queries, *rest, norm_axis=norm_axis)
@@ -64,10 +67,25 @@ def test_only_the_norm_over_queries_couples_them(norm_axis: str) -> None:
     assert changed.tolist() == [norm_axis == "queries" or query == 2 for query in range(6)]
 
 
-@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("norm_axis", ALL_AXES)
 def test_gradients(norm_axis: str) -> None:
     inputs = tuple(tensor.requires_grad_() for tensor in make_inputs(2, 3, 4, 5))
     assert torch.autograd.gradcheck(lambda *given: attend_prototypes(*given, norm_axis=norm_axis), inputs)
+
+
+@pytest.mark.parametrize("norm_axis", ALL_AXES)
+def test_without_a_projection_the_product_stays_as_it_is(norm_axis: str) -> None:
+    prototypes, queries, _, _, *rest = (tensor.requires_grad_() for tensor in make_inputs(2, 3, 4, 5))
+    eye, zero = torch.eye(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    wanted = attend_prototypes(prototypes, queries, eye, zero, *rest, norm_axis=norm_axis)
+    torch.testing.assert_close(attend_prototypes(prototypes, queries, None, None, *rest, norm_axis=norm_axis), wanted)
+    assert torch.autograd.gradcheck(
+        lambda *given: attend_prototypes(*given[:2], None, None, *given[2:], norm_axis=norm_axis), (prototypes, queries, *rest)
+    )
+    with pytest.raises(ValueError, match="product_bias is None but product_weight is not, expected both or neither"):
+        attend_prototypes(prototypes, queries, eye, None, *rest)
+    with pytest.raises(ValueError, match="product_weight is None but product_bias is not, expected both or neither"):
+        attend_prototypes(prototypes, queries, None, zero, *rest)
 
 
 def with_zero_norm(norm_axis: str, dtype: torch.dtype) -> list[Tensor]:

@@ -16,6 +16,8 @@ PARAMS = {"pixels": "8x8", "queries": 8, "width": 24, "batch": 12, "steps": 150,
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "masked": ("masked_fused", {}),
     "soft": ("emca_soft", {}),
+    "soft_heads": ("emca_soft", {"heads": 2, "head_split": "features", "temperature": "per_head"}),
+    "straight": ("emca", {"residual": "raw", "selection_gradient": "straight_through", "temperature": "fixed"}),
     "pooling": ("mask_pooling", {}),
     "top4": ("emca", {"selection": "topk_mean", "prototypes": 4}),
     "argmax": ("emca", {}),
@@ -53,6 +55,29 @@ def test_answers_are_in_the_pixels_that_a_query_may_see(need: str, seed: int):
 def test_an_attention_over_the_mask_learns_all_three():
     for need in ("one", "mean", "modes"):
         assert min(explained("masked", need), explained("soft", need)) > 80, need
+
+
+def test_two_pixels_are_told_apart_by_two_heads(seed: int):
+    """One softmax gives the sum of both, of which half of the variance is the other; two see each pixel for itself."""
+    for name in ("masked", "soft_heads"):
+        assert explained(name, "apart") > 90, name
+    assert 40 < explained("soft", "apart") < 60
+    assert explained("pooling", "apart") < 25
+
+
+def test_a_choice_that_is_trained_finds_its_pixel_and_no_other():
+    assert explained("straight", "one") > 90
+    assert explained("straight", "mean") < 30
+
+
+def test_marks_of_two_pixels_differ_and_each_gives_its_half_of_the_answer(seed: int):
+    marks = torch.eye(6) * 20
+    puzzle = make_puzzle("apart", marks, batch=2, pixels=80, random=torch.Generator().manual_seed(seed))
+    for b, q in puzzle.asked_BQ.nonzero().tolist():
+        own = puzzle.allowed_BQP[b, q]
+        values, carried = puzzle.features_BPC[b, own, :VALUES], puzzle.features_BPC[b, own, VALUES:]
+        [first], [second] = values[carried[:, q] > 10], values[carried[:, (q + 1) % 6] > 10]
+        torch.testing.assert_close(puzzle.answers_BQV[b, q], torch.cat([first[: VALUES // 2], second[VALUES // 2 :]]))
 
 
 def test_pooling_learns_the_mean_and_cannot_choose():

@@ -70,6 +70,7 @@ def prototype(module: EMCA, keys: Tensor, query: Tensor, seen: Tensor) -> Tensor
     """Row of one query by the definition of each selection, head by head."""
     part = WIDTH // module.heads
     result = torch.empty(WIDTH, dtype=torch.float64)
+    scales = module.log_scale.exp().expand(module.heads) if hasattr(module, "log_scale") else torch.ones(module.heads)
     candidates = seen.nonzero().flatten() if seen.any() else torch.arange(PIXELS)
     for m in range(module.heads):
         channels = slice(m * part, (m + 1) * part)
@@ -86,8 +87,10 @@ def prototype(module: EMCA, keys: Tensor, query: Tensor, seen: Tensor) -> Tensor
         elif module.selection == "mean":
             result[channels] = rows.mean(0)
         elif module.selection == "softmax":
-            shares = (module.log_scale.exp() * scores).exp()
+            shares = (scales[m] * scores).exp()
             result[channels] = (shares / shares.sum()) @ rows
+        elif module.selection == "pool_and_prototype":
+            result[channels] = (rows[best[0]] + rows.mean(0)) / 2
     return result
 
 
@@ -96,12 +99,19 @@ def formula(module: EMCA, inputs: list[Tensor]) -> Tensor:
     queries, query_pos, features, feature_pos, allowed = inputs
     result = torch.empty_like(queries)
     for b in range(len(queries)):
-        keys = (features[b] + feature_pos[b]) @ module.key_projection.weight.T + module.key_projection.bias
+        located = features[b] + feature_pos[b]
+        weight, bias = module.key_projection.weight, module.key_projection.bias
         for q in range(QUERIES):
             projected = module.query_projection.weight @ (queries[b, q] + query_pos[b, q]) + module.query_projection.bias
-            row = prototype(module, keys, projected, allowed[b, q])
-            product = module.product_projection.weight @ (projected * row) + module.product_projection.bias
-            reweighted = module.alpha * product / product.square().sum().sqrt() + row
+            if module.head_split == "features":
+                row = weight @ prototype(module, located, projected @ weight, allowed[b, q]) + bias
+            else:
+                row = prototype(module, located @ weight.T + bias, projected, allowed[b, q])
+            product = projected * row
+            if module.product_projection is not None:
+                product = module.product_projection.weight @ product + module.product_projection.bias
+            length = product.square().sum().sqrt() if module.norm_axis == "row" else 1.0
+            reweighted = row if module.alpha is None else module.alpha * product / length + row
             residual = projected if module.residual == "projected" else queries[b, q]
             result[b, q] = module.out_projection.weight @ reweighted + module.out_projection.bias + residual
     return result
@@ -115,6 +125,7 @@ SELECTIONS = [
     ("topk_softmax", 3),
     ("mean", 1),
     ("softmax", 1),
+    ("pool_and_prototype", 1),
 ]
 
 
@@ -130,6 +141,129 @@ def test_the_preset_is_the_paper() -> None:
 def test_every_selection_follows_its_formula(selection: str, prototypes: int, heads: int, folded: bool | None) -> None:
     module, inputs = make(selection=selection, prototypes=prototypes, heads=heads, folded=folded), make_inputs()
     torch.testing.assert_close(run(module, inputs), formula(module, inputs), **CLOSE)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+@pytest.mark.parametrize(("selection", "prototypes"), SELECTIONS)
+def test_heads_over_features_follow_the_formula(selection: str, prototypes: int, heads: int) -> None:
+    module = make(selection=selection, prototypes=prototypes, heads=heads, head_split="features")
+    inputs = make_inputs()
+    torch.testing.assert_close(run(module, inputs), formula(module, inputs), **CLOSE)
+
+
+@pytest.mark.parametrize("selection", ["argmax", "softmax", "pool_and_prototype"])
+@pytest.mark.parametrize("norm_axis", ["row", "none"])
+@pytest.mark.parametrize("product", ["projected", "plain"])
+@pytest.mark.parametrize("alpha", ["learned", "one", "zero"])
+def test_every_tail_follows_the_formula(alpha: str, product: str, norm_axis: str, selection: str) -> None:
+    """With a gradient for every parameter that there is, and none for a constant."""
+    module = make(alpha=alpha, product=product, norm_axis=norm_axis, selection=selection)
+    inputs = make_inputs()
+    torch.testing.assert_close(run(module, inputs), formula(module, inputs), **CLOSE)
+    found = outcome(module, inputs, torch.randn(2, QUERIES, WIDTH, dtype=torch.float64))
+    assert ("alpha" in found) == (alpha == "learned")
+    assert ("product_projection.weight" in found) == (product == "projected" and alpha != "zero")
+    assert all(gradient.any() for gradient in found.values())
+    if alpha == "one":
+        assert module.alpha is not None
+        assert torch.equal(module.alpha, torch.ones_like(module.alpha))
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"selection": "softmax", "temperature": "per_head"}, {"selection": "pool_and_prototype"}], ids=str
+)
+def test_one_head_over_features_is_one_head_over_keys(switches: dict[str, Any]) -> None:
+    features, keys = make(head_split="features", **switches), make(folded=True, **switches)
+    keys.load_state_dict(features.state_dict())
+    inputs, upstream = make_inputs(), torch.randn(2, QUERIES, WIDTH, dtype=torch.float64)
+    wanted = outcome(keys, inputs, upstream)
+    for name, value in outcome(features, inputs, upstream).items():
+        torch.testing.assert_close(value, wanted[name], **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize(("head_split", "folded"), [("keys", True), ("keys", False), ("keys", None), ("features", None)])
+def test_every_head_has_a_temperature_of_its_own(head_split: str, folded: bool | None) -> None:
+    module = make("emca", selection="softmax", heads=4, temperature="per_head", head_split=head_split, folded=folded)
+    assert module.log_scale.shape == (4,)
+    inputs = make_inputs()
+    torch.testing.assert_close(run(module, inputs), formula(module, inputs), **CLOSE)
+    found = outcome(module, inputs, torch.randn(2, QUERIES, WIDTH, dtype=torch.float64))
+    assert found["log_scale"].all()
+
+
+def test_a_fixed_temperature_is_no_parameter_and_starts_where_it_is_told() -> None:
+    module = make("emca_soft", temperature="fixed", temperature_start=0.25)
+    assert module.log_scale.exp().item() == pytest.approx(4 / math.sqrt(WIDTH))
+    assert not {name for name in (*dict(module.named_parameters()), *module.state_dict()) if "scale" in name}
+    inputs = make_inputs()
+    torch.testing.assert_close(run(module, inputs), formula(module, inputs), **CLOSE)
+
+
+@pytest.mark.parametrize("selection", ["argmax", "pool_and_prototype"])
+@pytest.mark.parametrize(("heads", "head_split"), [(1, "keys"), (2, "keys"), (4, "features")])
+@pytest.mark.parametrize("folded", [True, None])
+def test_straight_through_has_the_results_of_a_choice_and_the_gradients_of_a_softmax(
+    selection: str, heads: int, head_split: str, folded: bool | None
+) -> None:
+    switches: dict[str, Any] = {"heads": heads, "head_split": head_split, "folded": folded, "alpha": "zero", "residual": "raw"}
+    trained = make(selection=selection, selection_gradient="straight_through", **switches)
+    hard = make(selection=selection, **{**switches, "residual": "projected"})
+    soft = make("emca", selection="softmax", **switches)
+    hard.load_state_dict(trained.state_dict(), strict=False)
+    soft.load_state_dict(trained.state_dict())
+    inputs, upstream = make_inputs(), torch.randn(2, QUERIES, WIDTH, dtype=torch.float64)
+    # residuals differ, so that W_Q is trained in both
+    chosen = run(hard, inputs) - hard.query_projection(inputs[0] + inputs[1]) + inputs[0]
+    torch.testing.assert_close(run(trained, inputs), chosen, **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(run(trained, inputs), chosen, **CLOSE)
+    found, wanted = (outcome(module, inputs, upstream) for module in (trained, soft))
+    # without a product the tail is linear, and what reaches the prototypes does not depend on them
+    share = 1 if selection == "argmax" else 0.5
+    for name in ("query_pos", "query_projection.weight", "log_scale"):
+        torch.testing.assert_close(found[name], share * wanted[name], **CLOSE, msg=name)
+    if selection == "argmax":
+        for name in ("features", "feature_pos", "queries", "key_projection.weight"):
+            torch.testing.assert_close(found[name], wanted[name], **CLOSE, msg=name)
+    if head_split == "keys":
+        unfolded = make(selection=selection, selection_gradient="straight_through", **{**switches, "folded": False})
+        unfolded.load_state_dict(trained.state_dict())
+        for name, value in outcome(unfolded, inputs, upstream).items():
+            torch.testing.assert_close(found[name], value, **CLOSE, msg=name)
+
+
+def test_without_gradients_straight_through_is_one_operator_again() -> None:
+    module = make(selection_gradient="straight_through", folded=True)
+    inputs = make_inputs()
+    with record_backends() as served:
+        run(module, inputs)
+    assert "emca_attention" not in served
+    with torch.no_grad(), record_backends() as served:
+        run(module, inputs)
+    assert set(served) == {"emca_attention"}
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"alpha": "zero"},
+        {"product": "plain"},
+        {"norm_axis": "none"},
+        {"selection": "pool_and_prototype"},
+        {"selection": "softmax", "heads": 2, "head_split": "features"},
+    ],
+    ids=str,
+)
+def test_what_the_layers_operator_cannot_do_is_done_by_its_parts(switches: dict[str, Any]) -> None:
+    """Whoever serves the parts: the fastest backend and the readable one agree, in single precision too."""
+    module, inputs = make(folded=True, residual="projected", **switches), make_inputs()
+    plain = make(folded=True, residual="projected", backend="reference", **switches)
+    plain.load_state_dict(module.state_dict())
+    with record_backends() as served:
+        found = run(module.float(), [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs])
+    assert served
+    assert "emca_attention" not in served
+    torch.testing.assert_close(found.double(), run(plain, inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

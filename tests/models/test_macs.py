@@ -26,6 +26,21 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
         for folded in (True, False)
         for selection in ("topk_mean", "topk_softmax", "random")
     ),
+    *(
+        ("emca", {"folded": folded, "selection": "pool_and_prototype", "heads": heads, "selection_gradient": gradient})
+        for folded in (True, False)
+        for heads in (1, 4)
+        for gradient in ("none", "straight_through")
+    ),
+    *(
+        ("emca", {"selection": selection, "heads": 8, "head_split": "features"})
+        for selection in ("argmax", "random", "mean", "softmax", "pool_and_prototype")
+    ),
+    ("emca", {"alpha": "zero"}),
+    ("emca", {"alpha": "one", "norm_axis": "none"}),
+    ("emca", {"product": "plain"}),
+    ("emca", {"selection_gradient": "straight_through"}),
+    ("emca_soft", {"heads": 4, "head_split": "features", "temperature": "per_head"}),
     ("emca", {"local_conv": True}),
     ("emca", {"local_conv": True, "folded": False}),
     ("emca", {"normalize_keys": True}),
@@ -70,6 +85,9 @@ def test_both_baselines_are_counted_alike(name: str) -> None:
         ("emca", {}, 25_600),
         ("emca_soft", {}, 51_200),
         ("mask_pooling", {}, 25_600),
+        ("emca", {"selection": "pool_and_prototype"}, 51_200),
+        ("emca", {"heads": 8, "head_split": "features"}, 25_600),
+        ("emca_soft", {"heads": 8, "head_split": "features"}, 51_200),
         ("pem_ca", {}, 93_440),
         ("pem_ca_published", {}, 93_440),
         ("none", {}, 0),

@@ -77,6 +77,20 @@ def test_seeds_of_steps_are_apart():
     assert max(seeds) < 2**63
 
 
+def test_a_loss_on_the_choice_changes_what_is_learned_and_not_what_is_recorded(run: Run, scenes: list[Sample]):
+    plain, without = run(scenes, steps=2)
+    drawn, log = run(scenes, steps=2, selection_weight=1.0, ema=0.5)
+    assert log.losses[0] == without.losses[0]
+    assert log.losses[1] != without.losses[1]
+    assert all(tensor.isfinite().all() for tensor in drawn.values())
+    assert not torch.equal(drawn["sem_seg_head.predictor.query_feat.weight"], plain["sem_seg_head.predictor.query_feat.weight"])
+
+
+def test_a_loss_on_the_choice_needs_a_choice(run: Run, scenes: list[Sample]):
+    with pytest.raises(UsageError, match="no cross-attention of the model chooses pixels by a score"):
+        run(scenes, steps=1, attention="masked", selection_weight=1.0)
+
+
 def test_averaged_weights_are_the_decayed_mean(tmp_path: Path, run: Run, scenes: list[Sample]):
     """Over three steps, from the weights that checkpoints of the run without an average hold."""
     seen: list[dict[str, torch.Tensor]] = []

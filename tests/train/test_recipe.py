@@ -55,6 +55,8 @@ def test_the_published_schedule_falls_as_a_power():
         ({"ema": 1.0}, "0 <= ema < 1"),
         ({"clip_norm": 0.0}, "positive learning_rate and clip_norm"),
         ({"warmup": 1.5}, "0 <= warmup <= 1"),
+        ({"selection_weight": -1.0}, "selection_weight=-1.0; expected a number of at least 0"),
+        ({"selection_weight": float("nan")}, "selection_weight=nan"),
         ({"seed": -1}, "seed of at least 0"),
     ],
 )

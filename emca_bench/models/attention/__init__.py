@@ -1,6 +1,6 @@
 """Cross-attentions of the mask decoder, each registered under its name."""
 
-from emca_bench.models.attention import emca, masked, none
+from emca_bench.models.attention import masked, none, presets
 from emca_bench.models.attention.base import ATTENTIONS, CrossAttention, build_attention
 
-__all__ = ["ATTENTIONS", "CrossAttention", "build_attention", "emca", "masked", "none"]
+__all__ = ["ATTENTIONS", "CrossAttention", "build_attention", "masked", "none", "presets"]

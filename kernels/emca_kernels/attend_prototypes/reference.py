@@ -12,8 +12,8 @@ EPSILON = 1e-12
 def attend_prototypes(
     prototypes_BQD: Tensor,
     queries_BQD: Tensor,
-    product_weight_DD: Tensor,
-    product_bias_D: Tensor,
+    product_weight_DD: Tensor | None,
+    product_bias_D: Tensor | None,
     alpha_D: Tensor,
     out_weight_CD: Tensor,
     out_bias_C: Tensor,
@@ -21,10 +21,14 @@ def attend_prototypes(
     norm_axis: str,
 ) -> Tensor:
     """See `emca_kernels.attend_prototypes`."""
-    product_BQD = F.linear(queries_BQD * prototypes_BQD, product_weight_DD, product_bias_D)
-    norm = torch.linalg.vector_norm(product_BQD, dim=-1 if norm_axis == "row" else 1, keepdim=True)
-    reweighted_BQD = alpha_D * product_BQD / norm.clamp(min=smallest_norm(norm.dtype)) + prototypes_BQD
-    return F.linear(reweighted_BQD, out_weight_CD, out_bias_C)
+    product_BQD = queries_BQD * prototypes_BQD
+    if product_weight_DD is not None:
+        product_BQD = F.linear(product_BQD, product_weight_DD, product_bias_D)
+    weighted_BQD = alpha_D * product_BQD
+    if norm_axis != "none":
+        norm = torch.linalg.vector_norm(product_BQD, dim=-1 if norm_axis == "row" else 1, keepdim=True)
+        weighted_BQD = weighted_BQD / norm.clamp(min=smallest_norm(norm.dtype))
+    return F.linear(weighted_BQD + prototypes_BQD, out_weight_CD, out_bias_C)
 
 
 def smallest_norm(dtype: torch.dtype) -> float:
