@@ -74,6 +74,22 @@ def test_exact_rewrites_change_nothing_in_float64(attention: str) -> None:
     assert_same(emca_bench.optimize(model)(batch), model(batch), 1e-9)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"selection": "softmax", "heads": 4, "head_split": "features", "temperature": "per_head"},
+        {"selection": "pool_and_prototype", "selection_gradient": "straight_through", "alpha": "one", "norm_axis": "none"},
+        {"alpha": "zero", "heads": 4, "head_split": "features"},
+        {"product": "plain"},
+    ],
+    ids=str,
+)
+def test_switches_of_emca_are_the_same_in_float64(switches: dict[str, Any]) -> None:
+    model = make(attention="emca", attention_switches=switches).double()
+    batch = images(2, 3, 65, 97, dtype=torch.float64)
+    assert_same(emca_bench.optimize(model)(batch), model(batch), 1e-9)
+
+
 def test_pem_is_the_same_in_float64() -> None:
     model = make("pem_r50", "pem_ca", layers=2).double()
     given = images(2, 3, 65, 97, dtype=torch.float64)
