@@ -122,7 +122,8 @@ def test_a_part_of_a_resized_image_is_that_part_of_the_whole(rng: np.random.Gene
         whole = resized(sample, float(rng.uniform(0.2, 3)))
         window = A.window_at(whole.size, rng.integers(1, 120, 2), (rng.random(), rng.random()))
         part = A.part_of_resized(sample, whole.size, window)
-        assert abs(part.image.astype(int) - whole.image[window]).max() <= 1
+        # each of the two passes, along rows and along columns, rounds to whole numbers
+        assert abs(part.image.astype(int) - whole.image[window]).max() <= 2
         assert (part.semantic == whole.semantic[window]).all()
         assert (part.panoptic == whole.panoptic[window]).all()
 
