@@ -34,7 +34,7 @@ def answer(found: Findings) -> str:
     sentences += [_bound(counts[-1])] if counts else []
     sentences += [_accuracy(group) for group in found.accuracy]
     sentences += [_claims(found), _targets(found)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    return " ".join(sentence for sentence in sentences if sentence) or f"All {planned} planned measurements are complete: see the tables."
 
 
 def _attention(group: SpeedGroup) -> str:
