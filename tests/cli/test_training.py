@@ -79,7 +79,15 @@ def test_a_killed_run_goes_on_within_its_cell(tmp_path: Path, cli):
     study.write_text(STUDY.replace("STEPS", "150"))
     call = [sys.executable, "-m", "emca_bench", "run", str(study), "--out", "run", "--threads", "1"]
     environment = {**os.environ, "EMCA_CHECKPOINT_SECONDS": "0.2"}
-    running = subprocess.Popen(call, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        call,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # a shell in the background has its children ignore interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     folder = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
     while not (folder.is_dir() and any(path.suffix == ".pt" for path in folder.iterdir())):
