@@ -15,13 +15,18 @@ from typing import Any
 
 from emca_bench.specs import canonical_json
 
-PACKAGES = ("torch", "numpy", "scipy", "timm", "triton")
+PACKAGES = ("torch", "numpy", "scipy", "timm", "triton", "transformers", "onnxruntime", "torch-ms-deform-attn")
+"""What measurements run on, and the rivals that they run."""
+
+OVERRIDES = ("EMCA_BACKEND", "EMCA_ISA")
+"""Variables that choose what serves a kernel operator."""
 
 MEASURED_SOURCES = (
     "emca_kernels",
     "emca_bench.models",
     "emca_bench.deploy",
     "emca_bench.onednn",
+    "emca_bench.integrations.transformers",
     "emca_bench.inference",
     "emca_bench.data",
     "emca_bench.train",
@@ -29,6 +34,9 @@ MEASURED_SOURCES = (
     "emca_bench.measure",
 )
 """Packages and modules that decide what is measured; reports, progress and the command line do not."""
+
+SOURCE_SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h", ".json"})
+"""Of their files: code, and tables that code reads."""
 
 
 def default_threads() -> int:
@@ -58,6 +66,7 @@ def collect_environment(*, threads: int, device: str) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        **{name: os.environ.get(name) for name in OVERRIDES},
         "source": source_hash(),
     }
     context = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
@@ -73,7 +82,7 @@ def source_hash() -> str:
         assert spec.origin is not None
         file = Path(spec.origin)
         inside = file.parent.rglob("*") if spec.submodule_search_locations else [file]
-        for path in sorted(path for path in inside if path.suffix in {".py", ".cpp", ".cu", ".h"}):
+        for path in sorted(path for path in inside if path.suffix in SOURCE_SUFFIXES):
             digest.update(path.relative_to(file.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

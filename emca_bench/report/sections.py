@@ -370,7 +370,8 @@ def _common(groups: Sequence[SpeedGroup]) -> dict[str, Value]:
 
 
 def _name(key: str) -> str:
-    return key.replace("_", " ")
+    # those in capitals are variables of the environment
+    return key if key.isupper() else key.replace("_", " ")
 
 
 def _shown(value: object) -> str:
