@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import emca_bench
+from emca_bench.errors import UsageError
 from emca_bench.inference import semantic
 from emca_bench.measure.inputs import ImpossibleError
 from emca_bench.models import Predictions
@@ -108,7 +109,7 @@ def _transformers(model: Mask2Former, images: Tensor) -> Running:
     name = "emca_bench.integrations.transformers"
     try:
         importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, UsageError) as error:
         raise ImpossibleError(str(error)) from None
     theirs = importlib.import_module(f"{name}.running").as_transformers_runs(model)
     size = (int(images.shape[-2]), int(images.shape[-1]))

@@ -95,9 +95,13 @@ def model_groups(run: Run) -> list[SpeedGroup]:
 
 
 def free_attention_bound(group: SpeedGroup, baseline: str) -> Ratio | None:
-    """Measured upper bound of any speedup over a baseline: its latency over that of the arm without cross-attention."""
-    row = next((row for row in group.rows if row.cell.arm.attention == "none"), None)
-    return None if row is None else row.speedups.get(baseline)
+    """Measured upper bound of any speedup over a baseline: its latency over that of the arm that differs by having no cross-attention."""
+    against = next((row.cell.arm for row in group.rows if row.arm == baseline), None)
+    for row in group.rows:
+        arm = row.cell.arm
+        if against is not None and arm.attention == "none" and arm.overrides == against.overrides:
+            return row.speedups.get(baseline)
+    return None
 
 
 def crossing(group: SpeedGroup, arm: str, baseline: str) -> float | None:

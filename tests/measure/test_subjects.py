@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -33,6 +34,15 @@ def test_scopes_return_what_they_say(scope: str):
     else:
         assert result.class_logits.shape == (2, 20, 4)
         assert result.mask_logits.shape == (2, 20, 24, 32)
+
+
+def test_a_runtime_that_is_not_installed_makes_its_own_row_impossible(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.startswith(("emca_bench.integrations.transformers", "transformers"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # type: ignore[arg-type]
+    theirs = Arm(name="hugging_face", attention="masked", switches={}, overrides={"runtime": "transformers"})
+    with pytest.raises(ImpossibleError, match=r"pip install 'emca-bench\[transformers\]'"):
+        build_subject(theirs, {**MODEL, "scope": "end_to_end", "runtime": "transformers"}, seed=0)
 
 
 def test_decoder_is_measured_on_what_the_pixel_decoder_hands_over():

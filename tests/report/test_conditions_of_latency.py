@@ -8,6 +8,7 @@ from typing import Any
 from emca_bench.records import Record
 from emca_bench.report.build import render
 from emca_bench.report.load import load_run
+from emca_bench.report.speed import free_attention_bound, model_groups
 from emca_bench.report.targets import targets
 from emca_bench.specs import Target
 
@@ -40,3 +41,12 @@ def test_a_missed_target_says_where_the_time_goes(make_run, synthetic):
     assert (met.verdict, missed.verdict) == ("met", "missed")
     assert missed.reason.endswith("Its time: pixel decoder 60%, backbone 30%, other 10%.")
     assert "Its time" not in met.reason
+
+
+def test_the_bound_is_of_an_arm_that_differs_in_attention_alone(make_run, synthetic):
+    """Leaving out attention and the work of a rewrite at once bounds no attention."""
+    plain = synthetic.fps_study()
+    rewritten = tuple(replace(arm, overrides={"mask_source": "features"}) if arm.name == "none" else arm for arm in plain.arms)
+    for study, is_bound in ((plain, True), (replace(plain, arms=rewritten), False)):
+        groups = model_groups(load_run(make_run([study], name=f"bound-{is_bound}")))
+        assert {free_attention_bound(group, "masked") is not None for group in groups} == {is_bound}
