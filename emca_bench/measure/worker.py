@@ -115,6 +115,8 @@ def _latency(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
 
 
 def _memory(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    if request["params"].get("runtime") == "onnxruntime":
+        raise ImpossibleError("onnxruntime allocates beside torch, whose counters are read")
     subject = _subject(request, Settings(**request["settings"]))
     values = {"peak_memory_bytes": peak_memory_bytes(subject.call, device=str(request["params"].get("device", "cpu")))}
     if subject.kept:

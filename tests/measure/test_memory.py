@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import io
+import json
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 
+from emca_bench.measure import worker
 from emca_bench.measure.memory import peak_memory_bytes
 from emca_bench.measure.subjects import build_subject
-from emca_bench.specs import Arm
+from emca_bench.specs import Arm, Settings
 
 MIB = 2**20
 
@@ -34,3 +40,13 @@ def test_masked_attention_as_published_writes_its_weights():
     )
     weights = 8 * 100 * 1024 * 4
     assert published > weights > emca
+
+
+def test_memory_that_no_counter_sees_is_not_measured() -> None:
+    params = {"scope": "end_to_end", "model": "mask2former_tiny", "image_size": "64x64", "classes": 3, "batch": 1, "runtime": "onnxruntime"}
+    arm = asdict(Arm(name="masked_onnxruntime", attention="masked", switches={}, overrides={"runtime": "onnxruntime"}))
+    answers: list[dict[str, Any]] = []
+    request = {"do": "memory", "arm": arm, "params": params, "settings": asdict(Settings(rounds=1))}
+    worker.serve(io.StringIO(json.dumps(request) + "\n"), answers.append, threads=1, device="cpu")
+    assert answers[-1]["status"] == "impossible"
+    assert "onnxruntime allocates beside torch" in answers[-1]["reason"]
