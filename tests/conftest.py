@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,3 +22,9 @@ def seed() -> int:
 @pytest.fixture(autouse=True)
 def _own_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMCA_BACKEND", raising=False)
+
+
+@pytest.fixture
+def importable_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of a test's own are found by the processes that it starts."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])

@@ -44,6 +44,7 @@ class Slow:
         return Sample(str(index), np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8))
 
 
+@pytest.mark.usefixtures("importable_tests")
 def test_a_loader_is_as_fast_as_its_processes_and_not_as_its_stock():
     """Batches that were made before anybody looked would show a rate beyond what the processes make."""
     steps = Steps(Slow(), Recipe(steps=10_000, batch=1, crop=(32, 32)), "semantic")

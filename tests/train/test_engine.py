@@ -253,6 +253,7 @@ class Broken:
         return self.samples[index]
 
 
+@pytest.mark.usefixtures("importable_tests")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_named_in_one_sentence(run: Run, scenes: list[Sample], workers: int):
     """Also where a process of its own reads it; the steps before are done."""
