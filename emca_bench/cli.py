@@ -113,6 +113,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -
     parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="only cells with this arm or parameter")
     if out:
         parser.add_argument("--out", type=Path, help=f"run folder, {DEFAULT_RUNS}/STUDY by default")
+    else:
+        parser.set_defaults(out=None)
 
 
 def _complain(message: str) -> int:
@@ -335,11 +337,10 @@ def train(arguments: argparse.Namespace, argv: list[str]) -> int:
 def feed(arguments: argparse.Namespace, argv: list[str]) -> int:
     """`emca-bench feed`: of each data set, the first cell of the study."""
     from emca_bench.measure.feeding import TOLERATED, describe, measure_feeding
-    from emca_bench.specs import find_study, load_studies
 
     counts = _counts(arguments.processes)
-    studies = [study.only(_conditions(arguments)) for study in load_studies(find_study(arguments.study), quick=arguments.quick)]
-    first = {cell.params["dataset"]: cell for cell in reversed(_trainings(arguments, studies))}
+    part, _, _ = _load(arguments)
+    first = {cell.params["dataset"]: cell for cell in reversed(_trainings(arguments, part))}
     starved = False
     for cell in reversed(first.values()):
         own = int(cell.params.get("loader_workers", 0))

@@ -28,6 +28,9 @@ model: images to predictions. end_to_end: images to label maps. training_step: i
 MODEL_SCOPES = ("decoder", "model", "end_to_end")
 """Scopes that call a model or its mask decoder."""
 
+TIMED_MODEL_SCOPES = (*MODEL_SCOPES, "training_step")
+"""Those, and the one that trains a model, whose multiply-adds are not counted."""
+
 TASKS = ("semantic", "panoptic")
 """semantic: one mask per class; mIoU. panoptic: one mask per segment; PQ, and AP and mIoU of the same model."""
 

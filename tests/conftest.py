@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,23 @@ def _own_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def importable_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes of a test's own are found by the processes that it starts."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def tiny_training(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study that trains the tiny model on generated scenes in seconds; parameters are laid over the usual ones."""
+
+    def write(*arms: str, axes: dict[str, list[int]] | None = None, measures: tuple[str, ...] = ("accuracy",), **fixed: object) -> Path:
+        head = {"name": "tiny", "title": "Tiny", "question": "?", "measures": list(measures)}
+        usual = {"scope": "end_to_end", "model": "mask2former_tiny", "dataset": "scenes", "image_size": "64x64", "batch": 2, "points": 64}
+        tables = {"study": head, "fixed": {**usual, **fixed}, "axes": {"arm": list(arms), **(axes or {})}}
+        lines = [
+            line
+            for name, table in tables.items()
+            for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()))
+        ]
+        path = tmp_path / "tiny.toml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write

@@ -156,20 +156,18 @@ def check_data(params: Mapping[str, Any]) -> None:
     """
     recipe_of(params)
     looked_at = ["val"] if params.get("diagnostic_images") else []
-    trained = _class_names(str(params["dataset"]), "train")
+    trained: list[str] | None = None
     for split in ("train", evaluated_split(params), *looked_at):
         dataset = open_dataset(str(params["dataset"]), split)
-        for number, (found, expected) in enumerate(zip_longest(_class_names(dataset.name, split), trained)):
+        names = [info.name for info in dataset.classes]
+        trained = names if trained is None else trained
+        for number, (found, expected) in enumerate(zip_longest(names, trained)):
             if found != expected:
                 raise UsageError(
                     f"dataset {dataset.name!r}: class {number} of split {split!r} is {found!r}, expected {expected!r} as in 'train'"
                 )
         if panoptic_rules(params) is not None and dataset[0].panoptic is None:
             raise UsageError(f"dataset {dataset.name!r} has semantic labels only; expected panoptic labels for the task 'panoptic'")
-
-
-def _class_names(dataset: str, split: str) -> list[str]:
-    return [info.name for info in open_dataset(dataset, split).classes]
 
 
 def commonest_class(images: Samples, classes: int) -> int:

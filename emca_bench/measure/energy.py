@@ -19,8 +19,8 @@ class Meter(Protocol):
     def read(self) -> Sequence[int]:
         """The counters now, in their own unit."""
 
-    def joules(self, begin: Sequence[int] | None, end: Sequence[int]) -> float | None:
-        """Energy between two readings in joules; None without the first."""
+    def joules(self, begin: Sequence[int], end: Sequence[int]) -> float:
+        """Energy between two readings in joules."""
 
 
 class PackageMeter:
@@ -38,10 +38,8 @@ class PackageMeter:
         """Microjoules of every package."""
         return [int(counter.read_text()) for counter in self._counters]
 
-    def joules(self, begin: Sequence[int] | None, end: Sequence[int]) -> float | None:
+    def joules(self, begin: Sequence[int], end: Sequence[int]) -> float:
         """Energy of all packages; a counter may have started anew once in between."""
-        if begin is None:
-            return None
         spans = zip(begin, end, self._ranges, strict=True)
         return 1e-6 * sum(last - first if last >= first else last - first + span + 1 for first, last, span in spans)
 
@@ -61,9 +59,9 @@ class GpuMeter:
         """Millijoules of the GPU."""
         return [int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))]
 
-    def joules(self, begin: Sequence[int] | None, end: Sequence[int]) -> float | None:
+    def joules(self, begin: Sequence[int], end: Sequence[int]) -> float:
         """Energy of the GPU."""
-        return None if begin is None else 1e-3 * (end[0] - begin[0])
+        return 1e-3 * (end[0] - begin[0])
 
 
 def find_meter(device: str, *, powercap: Path = POWERCAP) -> tuple[Meter | None, str | None]:

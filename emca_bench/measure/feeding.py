@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -112,8 +111,8 @@ def loader_rate(steps: Steps, processes: int, seconds: float) -> float:
     """Images a second of the loader when nobody makes it wait, 0 processes being this one."""
     batches = feed(steps, start=0, workers=processes)
     # what was made while processes started is no measure of what they make
-    for _ in islice(batches, 1 + processes * PREFETCHED):
-        pass
+    for _ in range(1 + processes * PREFETCHED):
+        next(batches)
     started, made = time.perf_counter(), 0
     while made < max(1, processes) or time.perf_counter() - started < seconds:
         next(batches)

@@ -52,7 +52,7 @@ def sample_latency(
     for _ in range(warmups):
         timer(call)
     samples: list[float] = []
-    begin = meter.read() if meter else None
+    begin = meter.read() if meter else ()
     while len(samples) < settings.max_samples and (len(samples) < settings.min_samples or sum(samples) < 1e3 * settings.min_seconds):
         samples.append(timer(call))
     return samples, meter.joules(begin, meter.read()) if meter else None

@@ -66,18 +66,20 @@ def _optimized(model: Mask2Former, images: Tensor) -> Running:
     return _eager(faster, images)
 
 
-def _compiled(model: Mask2Former, images: Tensor) -> Running:
-    faster: Any = emca_bench.optimize(model, compile=True)
+def _as_one(faster: Any, images: Tensor) -> Running:
+    """A model that runs as a whole: its decoder cannot be called alone."""
     size = (int(images.shape[-2]), int(images.shape[-1]))
-    return Running(model, lambda: faster(images), lambda: semantic(faster(images), size))
+    return Running(faster, lambda: faster(images), lambda: semantic(faster(images), size))
+
+
+def _compiled(model: Mask2Former, images: Tensor) -> Running:
+    return _as_one(emca_bench.optimize(model, compile=True), images)
 
 
 def _cuda_graph(model: Mask2Former, images: Tensor) -> Running:
     if images.device.type != "cuda":
         raise ImpossibleError(f"CUDA graphs are of CUDA devices, not of the {images.device.type}")
-    faster: Any = emca_bench.optimize(model, cuda_graph=True)
-    size = (int(images.shape[-2]), int(images.shape[-1]))
-    return Running(faster, lambda: faster(images), lambda: semantic(faster(images), size))
+    return _as_one(emca_bench.optimize(model, cuda_graph=True), images)
 
 
 def _onnxruntime(model: Mask2Former, images: Tensor) -> Running:

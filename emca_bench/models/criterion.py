@@ -50,20 +50,21 @@ class Criterion(nn.Module):
         self.empty_weight: Tensor
         self.register_buffer("empty_weight", weight)
 
-    def forward(self, predictions: Predictions, targets: Sequence[Segments]) -> dict[str, Tensor]:
+    def forward(self, predictions: Predictions, targets: Sequence[Segments], chosen: Sequence[Chosen] | None = None) -> dict[str, Tensor]:
         """Unweighted losses, the last prediction's under `loss_ce`, `loss_mask`, `loss_dice`, earlier ones with `_0`, `_1`, ...
 
         Half-precision predictions are compared in float32. Ignored pixels are background of every mask, as in the published loss.
-        Random numbers are drawn in the order of the published code; what is drawn decides all the rest, so that the losses of all
-        predictions are computed together.
+
+        Args:
+            predictions: with the auxiliary ones.
+            targets: one of each image.
+            chosen: by `choose`, where the caller has use for it; chosen here otherwise.
 
         Raises:
             ValueError: masks of another size than the padded input that the predictions cover.
         """
-        _check_sizes(predictions, targets)
         every = (predictions, *predictions.auxiliary)
-        packed = [PackedMasks(target.masks) for target in targets]
-        chosen = [self._choose(each, targets, packed) for each in every]
+        chosen = self.choose(predictions, targets) if chosen is None else chosen
         by_name = {"loss_ce": self._class_losses(every, targets, chosen), **self._mask_losses(every, targets, chosen)}
         suffixes = ("", *(f"_{index}" for index in range(len(predictions.auxiliary))))
         return {f"{name}{suffix}": losses[index] for index, suffix in enumerate(suffixes) for name, losses in by_name.items()}
@@ -76,8 +77,21 @@ class Criterion(nn.Module):
         """Each loss times its weight, under the same names."""
         return {name: self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()}
 
+    def choose(self, predictions: Predictions, targets: Sequence[Segments]) -> list[Chosen]:
+        """What the prediction and each of its auxiliary ones are held against.
+
+        Random numbers are drawn in the order of the published code; they decide all the rest, so that the losses of all predictions can
+        be computed together.
+
+        Raises:
+            ValueError: masks of another size than the padded input that the predictions cover.
+        """
+        _check_sizes(predictions, targets)
+        packed = [PackedMasks(target.masks) for target in targets]
+        return [self._choose(each, targets, packed) for each in (predictions, *predictions.auxiliary)]
+
     @torch.no_grad()
-    def _choose(self, predictions: Predictions, targets: Sequence[Segments], packed: Sequence[PackedMasks]) -> _Chosen:
+    def _choose(self, predictions: Predictions, targets: Sequence[Segments], packed: Sequence[PackedMasks]) -> Chosen:
         matches = match_segments(
             predictions,
             targets,
@@ -93,9 +107,9 @@ class Criterion(nn.Module):
         points_NS2 = uncertain_points(logits_Nhw[:, None], points=self.points, oversampling=self.oversampling, importance=self.importance)
         points = points_NS2.split([len(match.queries) for match in matches])
         true = [masks.at(at, match.segments) for masks, at, match in zip(packed, points, matches, strict=True)]
-        return _Chosen(matches, points, true)
+        return Chosen(matches, points, true)
 
-    def _class_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[_Chosen]) -> Tensor:
+    def _class_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[Chosen]) -> Tensor:
         """Of each prediction, [L]."""
         logits_LBQK = torch.stack([at_least_float32(predictions.class_logits) for predictions in every])
         no_object = logits_LBQK.shape[-1] - 1
@@ -108,7 +122,7 @@ class Criterion(nn.Module):
         # the mean over the joint batch, so that a run does not depend on the number of its processes
         return losses.view(len(every), -1).sum(1) / _mean_over_processes(weight[wanted_LBQ].flatten(1).sum(1))
 
-    def _mask_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[_Chosen]) -> dict[str, Tensor]:
+    def _mask_losses(self, every: Sequence[Predictions], targets: Sequence[Segments], chosen: Sequence[Chosen]) -> dict[str, Tensor]:
         """Of each prediction, [L]."""
         masks = [predictions.masks for predictions in every]
         sums_L2 = []
@@ -126,7 +140,7 @@ class Criterion(nn.Module):
         return {"loss_mask": cross_entropy_L, "loss_dice": dice_L}
 
 
-class _Chosen(NamedTuple):
+class Chosen(NamedTuple):
     """What a prediction is held against, per image: matched pairs, points [N, S, 2] for each pair, and the true mask there [N, S]."""
 
     matches: Sequence[Match]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from emca_bench.errors import UsageError
 from emca_bench.models.attention.emca import EMCA, Kept
 from emca_bench.models.mask2former import Mask2Former
-from emca_bench.models.matcher import Match, Segments, match_segments
-from emca_bench.models.predictions import Predictions
+from emca_bench.models.matcher import Match, Segments
 
 UNSCORED = ("mean", "random")
 """Selections that no score decides."""
@@ -34,10 +33,9 @@ def keep_scores(model: nn.Module, on: bool = True) -> None:
 
 def selection_loss(
     model: Mask2Former,
-    predictions: Predictions,
+    matches: Sequence[Sequence[Match]],
     targets: Sequence[Segments],
     *,
-    points: int,
     over_processes: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Tensor:
     """Minus the log of the softmax weight that a query's scores put into its own segment; a mean over queries, a sum over layers.
@@ -47,20 +45,18 @@ def selection_loss(
 
     Args:
         model: it has just made the predictions, in training mode and after `keep_scores`; what it kept is used up.
-        predictions: with the auxiliary ones.
+        matches: of each auxiliary prediction, for each image, see `Criterion.choose`.
         targets: masks bool [T, H, W] of the padded input.
-        points: of the matching.
         over_processes: the mean of a number over the processes of a distributed training.
     """
     sums, counts = [], []
     layers = model.sem_seg_head.predictor.transformer_cross_attention_layers
-    for layer, made_mask in zip(layers, predictions.auxiliary, strict=True):
+    for layer, of_mask in zip(layers, matches, strict=True):
         attention = layer.multihead_attn
         if not isinstance(attention, EMCA) or attention.kept is None:
             continue
         kept, attention.kept = attention.kept, None
-        matches = match_segments(made_mask, targets, points=points, class_weight=2.0, mask_weight=5.0, dice_weight=5.0)
-        found = [_missed(kept, image, target, match) for image, (target, match) in enumerate(zip(targets, matches, strict=True))]
+        found = [_missed(kept, image, target, match) for image, (target, match) in enumerate(zip(targets, of_mask, strict=True))]
         sums.append(torch.stack([missed.sum() for missed in found]).sum())
         counts.append(float(sum(missed.numel() for missed in found)))
     total = torch.stack(sums)

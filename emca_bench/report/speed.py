@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from emca_bench import stats
 from emca_bench.report.load import Result, ResultStatus, Run, point
-from emca_bench.specs import MODEL_SCOPES, Cell, Study, Value, parse_size
+from emca_bench.specs import TIMED_MODEL_SCOPES, Cell, Study, Value, parse_size
 from emca_bench.stats import Mean, Ratio
 
 KERNEL_SCOPES = ("kernel",)
@@ -91,7 +91,7 @@ def attention_groups(run: Run) -> list[SpeedGroup]:
 
 def model_groups(run: Run) -> list[SpeedGroup]:
     """Decoder, model and end to end: one group per point of the axes."""
-    return _groups(run, (*MODEL_SCOPES, "training_step"), swept=None)
+    return _groups(run, TIMED_MODEL_SCOPES, swept=None)
 
 
 def free_attention_bound(group: SpeedGroup, baseline: str) -> Ratio | None:

@@ -9,7 +9,7 @@ from typing import Literal
 from emca_bench import stats
 from emca_bench.report import numbers
 from emca_bench.report.load import Result, Run, distinct_cells
-from emca_bench.specs import MODEL_SCOPES, Cell, Study, Target
+from emca_bench.specs import TIMED_MODEL_SCOPES, Cell, Study, Target
 from emca_bench.stats import MIN_ROUNDS, Mean, Ratio
 
 TargetVerdict = Literal["met", "missed", "undecided", "not run"]
@@ -92,7 +92,7 @@ def _same_point(study: Study, cell: Cell, other: Cell) -> bool:
 
 def _row(study: Study, target: Target, against: str | None, ours: Result, theirs: Result | None) -> Judged:
     params = ours.cell.params
-    shown = (*SHOWN, "scope") if params["scope"] in (*MODEL_SCOPES, "training_step") else SHOWN
+    shown = (*SHOWN, "scope") if params["scope"] in TIMED_MODEL_SCOPES else SHOWN
     where = numbers.conditions({name: params[name] for name in shown if name in params})
     if against is not None and theirs is None:
         return _judged(study, target, against, where, None, "not run", f"The run plans no {against} to compare with.")

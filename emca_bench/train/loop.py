@@ -194,12 +194,14 @@ class Trainer:
         images, targets = batch.on(self.processes.device)
         with self._autocast():
             predictions = self.wrapped(images)
-        losses = self.criterion(predictions, targets)
+        chosen = self.criterion.choose(predictions, targets)
+        losses = self.criterion(predictions, targets, chosen)
         total = self.criterion.total(losses)
         # what is recorded is what all arms minimise, so that their curves compare
         loss = self.processes.mean(total.detach()).item()
         if recipe.selection_weight:
-            missed = selection_loss(self.model, predictions, targets, points=recipe.points, over_processes=self.processes.mean)
+            earlier = [each.matches for each in chosen[1:]]
+            missed = selection_loss(self.model, earlier, targets, over_processes=self.processes.mean)
             total = total + recipe.selection_weight * missed
         if not np.isfinite(loss):
             raise DivergedError(f"loss is {loss}")

@@ -21,40 +21,14 @@ from emca_bench.records import Record, read_records
 from emca_bench.specs import load_studies
 from emca_bench.workers import Message, Worker, Workers
 
-STUDY = """
-[study]
-name = "tiny"
-title = "Tiny"
-question = "?"
-measures = ["macs", "accuracy"]
-
-[fixed]
-scope = "end_to_end"
-model = "mask2former_tiny"
-dataset = "scenes"
-image_size = "64x64"
-batch = 2
-steps = STEPS
-points = 64
-classes = 10
-train_images = 4
-test_images = 2
-mask_source = "features"
-
-[axes]
-arm = ["emca", "none"]
-seed = [0, 1]
-"""
-
 TIMES = ("train_seconds", "waiting_seconds", "loader_images_per_second", "cells_at_once", "resumed_at")
 """Values that tell how long something took, or under which circumstances."""
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(STUDY.replace("STEPS", "20"))
-    return path
+def study(tiny_training: Callable[..., Path]) -> Path:
+    fixed = {"steps": 20, "classes": 10, "train_images": 4, "test_images": 2, "mask_source": "features"}
+    return tiny_training("emca", "none", axes={"seed": [0, 1]}, measures=("macs", "accuracy"), **fixed)
 
 
 def found(folder: Path) -> dict[tuple[str, int], Any]:

@@ -10,40 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-STUDY = """
-[study]
-name = "tiny"
-title = "Tiny"
-question = "?"
-measures = ["accuracy"]
-
-[fixed]
-scope = "end_to_end"
-model = "mask2former_tiny"
-dataset = "scenes"
-image_size = "64x64"
-batch = 2
-steps = STEPS
-points = 64
-train_images = 8
-test_images = 2
-seed = 0
-mask_source = "features"
-
-[axes]
-arm = ["emca"]
-"""
-
 
 def record(folder: Path) -> dict:
     [line] = (folder / "records.jsonl").read_text().splitlines()
     return json.loads(line)
 
 
-def test_processes_train_and_run_scores(tmp_path: Path, cli):
+def test_processes_train_and_run_scores(tmp_path: Path, cli, tiny_training):
     """Two processes of torchrun; `run` finds the finished training and trains no step."""
-    study = tmp_path / "tiny.toml"
-    study.write_text(STUDY.replace("STEPS", "4"))
+    study = tiny_training("emca", steps=4, train_images=8, test_images=2, seed=0, mask_source="features")
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "emca_bench", "train"]
     trained = subprocess.run(
         [*call, str(study), "--out", "run"],
@@ -73,10 +48,9 @@ def record_of_state(path: Path) -> float:
     return float(torch.load(path, weights_only=True)["log"]["seconds"])
 
 
-def test_a_killed_run_goes_on_within_its_cell(tmp_path: Path, cli):
+def test_a_killed_run_goes_on_within_its_cell(tmp_path: Path, cli, tiny_training):
     """The measuring process dies after a checkpoint; the run says so, and the next one starts from there."""
-    study = tmp_path / "tiny.toml"
-    study.write_text(STUDY.replace("STEPS", "150"))
+    study = tiny_training("emca", steps=150, train_images=8, test_images=2, seed=0, mask_source="features")
     call = [sys.executable, "-m", "emca_bench", "run", str(study), "--out", "run", "--threads", "1"]
     environment = {**os.environ, "EMCA_CHECKPOINT_SECONDS": "0.2"}
     running = subprocess.Popen(

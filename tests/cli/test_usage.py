@@ -105,25 +105,6 @@ def test_missing_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     assert str(tmp_path / "camvid") in message
 
 
-REAL_IMAGES = """
-[study]
-name = "tiny"
-title = "Tiny"
-question = "?"
-measures = ["accuracy"]
-[fixed]
-scope = "end_to_end"
-model = "mask2former_tiny"
-dataset = "camvid"
-image_size = "64x64"
-batch = 1
-steps = 1
-seed = 0
-[axes]
-arm = ["none"]
-"""
-
-
 def camvid_tree(root: Path) -> Path:
     for split in ("train", "val", "test"):
         for kind, suffix, pixels in (
@@ -159,11 +140,11 @@ def test_broken_real_images_are_named(
     monkeypatch: pytest.MonkeyPatch,
     break_it: Callable[[Path], None],
     words: list[str],
+    tiny_training: Callable[..., Path],
 ):
     break_it(camvid_tree(tmp_path))
     monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
-    study = tmp_path / "tiny.toml"
-    study.write_text(REAL_IMAGES)
+    study = tiny_training("none", dataset="camvid", batch=1, steps=1, seed=0)
     assert main(["run", str(study), "--out", str(tmp_path / "run")]) == 2
     complained = capsys.readouterr().err.splitlines()[-1]
     assert complained.startswith("emca-bench: ")
@@ -234,11 +215,12 @@ def test_numbers_of_loader_processes(capsys: pytest.CaptureFixture[str], wrong: 
     assert f"--processes {wrong!r}: expected numbers" in complaint(capsys, "feed", "accuracy", f"--processes={wrong}")
 
 
-def test_diagnostics_need_a_validation_split(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_diagnostics_need_a_validation_split(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_training: Callable[..., Path]
+):
     tree = camvid_tree(tmp_path)
     for kind in ("images", "annotations"):
         (tree / kind / "val").rename(tree / kind / "away")
     monkeypatch.setenv("EMCA_DATASETS", str(tmp_path))
-    study = tmp_path / "tiny.toml"
-    study.write_text(REAL_IMAGES.replace("seed = 0", "seed = 0\ndiagnostic_images = 2"))
+    study = tiny_training("none", dataset="camvid", batch=1, steps=1, seed=0, diagnostic_images=2)
     assert "no images of camvid val" in complaint(capsys, "train", study, "--out", tmp_path / "run")

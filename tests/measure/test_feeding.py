@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,31 +52,9 @@ def test_a_loader_is_as_fast_as_its_processes_and_not_as_its_stock():
     assert 1.3 * alone < two < 24
 
 
-STUDY = """
-[study]
-name = "tiny"
-title = "Tiny"
-question = "?"
-measures = ["accuracy"]
-[fixed]
-scope = "end_to_end"
-model = "mask2former_tiny"
-dataset = "scenes"
-image_size = "64x64"
-batch = 2
-steps = 4
-points = 64
-train_images = 4
-seed = 0
-[axes]
-arm = ["none", "emca"]
-"""
-
-
-def test_the_command_tells_of_the_first_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_tells_of_the_first_cell(tiny_training, capsys: pytest.CaptureFixture[str]):
     """Generated images take longer than the steps of the tiny model, and between steps at that: a check that does not hold."""
-    study = tmp_path / "tiny.toml"
-    study.write_text(STUDY)
+    study = tiny_training("none", "emca", steps=4, train_images=4, seed=0)
     code = main(["feed", str(study), "--processes", "0", "--seconds", "0.1"])
     printed = capsys.readouterr().out
     assert "none scope=end_to_end" in printed

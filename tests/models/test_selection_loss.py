@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from emca_bench.data.targets import Targets
 from emca_bench.errors import UsageError
 from emca_bench.models import build_model
 from emca_bench.models.attention.emca import EMCA, Kept
+from emca_bench.models.criterion import Criterion
 from emca_bench.models.mask2former import Mask2Former
 from emca_bench.models.matcher import Match
+from emca_bench.models.predictions import Predictions
 from emca_bench.models.selection_loss import _missed, keep_scores, selection_loss
 
 SHAPE = (3, 4)
@@ -28,6 +31,10 @@ def make_target() -> Targets:
 def make_model(attention: str = "emca", **switches: Any) -> Mask2Former:
     model = build_model("mask2former_tiny", num_classes=5, attention=attention, attention_switches=switches, queries=6, width=32)
     return model.train()
+
+
+def matches_of(predictions: Predictions, targets: list[Targets]) -> list[Sequence[Match]]:
+    return [chosen.matches for chosen in Criterion(classes=5, points=64).choose(predictions, targets)[1:]]
 
 
 def attentions(model: Mask2Former) -> list[EMCA]:
@@ -100,7 +107,7 @@ def test_it_trains_what_chooses_and_falls(attention: str, switches: dict[str, An
     for _ in range(8):
         predictions = model(images)
         torch.manual_seed(5)
-        loss = selection_loss(model, predictions, targets, points=64)
+        loss = selection_loss(model, matches_of(predictions, targets), targets)
         assert all(module.kept is None for module in attentions(model))
         optimizer.zero_grad()
         loss.backward()
@@ -118,7 +125,7 @@ def test_images_without_segments_have_no_loss() -> None:
     keep_scores(model)
     none = torch.zeros(0, 64, 64, dtype=torch.bool)
     targets = [Targets(torch.zeros(0, dtype=torch.int64), none, torch.ones(64, 64, dtype=torch.bool))]
-    loss = selection_loss(model, model(255 * torch.rand(1, 3, 64, 64)), targets, points=16)
+    loss = selection_loss(model, matches_of(model(255 * torch.rand(1, 3, 64, 64)), targets), targets)
     assert loss.item() == 0
     loss.backward()
 

@@ -93,7 +93,7 @@ class EMCA(CrossAttention):
         self,
         *,
         width: int,
-        heads: int,
+        heads: int = 1,
         prototypes: int = 1,
         selection: str = "argmax",
         selection_gradient: str = "none",

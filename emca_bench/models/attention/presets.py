@@ -5,33 +5,8 @@ from __future__ import annotations
 from emca_bench.models.attention.base import ATTENTIONS
 from emca_bench.models.attention.emca import EMCA
 
-
-@ATTENTIONS.register("emca")
-def emca(
-    *,
-    width: int,
-    heads: int = 1,
-    prototypes: int = 1,
-    selection: str = "argmax",
-    selection_gradient: str = "none",
-    temperature: str = "learned",
-    temperature_start: float = 1.0,
-    head_split: str = "keys",
-    normalize_keys: bool = False,
-    local_conv: bool = False,
-    query_norm: bool = False,
-    alpha: str = "learned",
-    product: str = "projected",
-    norm_axis: str = "row",
-    residual: str = "projected",
-    positions: bool = True,
-    empty_mask: str = "everywhere",
-    folded: bool | None = None,
-    query_init: str = "xavier",
-    backend: str | None = None,
-) -> EMCA:
-    """EMCA as the paper states it."""
-    return EMCA(**locals())
+# as the paper states it, with every switch of the family
+ATTENTIONS.register("emca")(EMCA)
 
 
 @ATTENTIONS.register("pem_ca")
