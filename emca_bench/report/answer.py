@@ -14,6 +14,7 @@ from emca_bench.report.findings import Findings
 from emca_bench.report.numbers import TIMES
 from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, free_attention_bound, largest
 from emca_bench.report.targets import TargetVerdict
+from emca_bench.specs import Study
 from emca_bench.stats import speed_verdict
 
 
@@ -42,7 +43,9 @@ def _attention(group: SpeedGroup) -> str:
     row = largest(group, name) if name else None
     if name is None or row is None or not row.speedups:
         return ""
-    text = f"Cross-attention alone, at {numbers.size(row.cell.params['pixels'])} pixels: {label(name)} runs {_comparisons(row)}"
+    text = (
+        f"Cross-attention alone, at {numbers.size(row.cell.params['pixels'])} pixels: {label(name)} runs {_comparisons(row, group.study)}"
+    )
     crossings = [(baseline, crossing(group, name, baseline)) for baseline in row.speedups]
     passed = [
         f"{label(baseline)} at about {pixels:.0f}" for baseline, pixels in crossings if pixels and row.speedups[baseline].estimate > 1
@@ -50,10 +53,11 @@ def _attention(group: SpeedGroup) -> str:
     return text + (f", and passes {' and '.join(passed)} pixels." if passed else ".")
 
 
-def _comparisons(row: SpeedRow) -> str:
-    """`at 1.13× [1.11, 1.16] the speed of masked (fused) (faster)` for each baseline."""
+def _comparisons(row: SpeedRow, study: Study) -> str:
+    """`at 1.13× [1.11, 1.16] the speed of masked (fused) (faster)` for each baseline; a quick run has no verdicts."""
     return " and ".join(
-        f"at {numbers.ratio(ratio)} the speed of {label(name)} ({speed_verdict(ratio)})" for name, ratio in row.speedups.items()
+        f"at {numbers.ratio(ratio)} the speed of {label(name)}" + ("" if study.quick else f" ({speed_verdict(ratio)})")
+        for name, ratio in row.speedups.items()
     )
 
 
@@ -71,7 +75,7 @@ def _model(found: Findings) -> str:
             bounds = [(base, free_attention_bound(group, base)) for base in group.study.baselines]
             limits = " and ".join(f"{bound.estimate:.2f}{TIMES} over {label(base)}" for base, bound in bounds if bound)
             limit = f" Leaving cross-attention out altogether gives {limits}: what changes nothing else cannot gain more." if limits else ""
-            return f"{where}: {label(row.arm)} runs {_comparisons(row)}.{limit}"
+            return f"{where}: {label(row.arm)} runs {_comparisons(row, group.study)}.{limit}"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,9 +157,9 @@ def macs_by_component(groups: Sequence[Sequence[CountRow]]) -> Figure:
     for ax, group in zip(_panels(figure, [[row.arm for row in group] for group in shown], columns=2, extra=0.35), shown, strict=True):
         _bars_panel(ax, group, components)
     handles = [mpl.patches.Patch(color=_component_color(name, components), label=component_label(name)) for name in components]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=min(len(handles), 7), frameon=False, handlelength=1.2, columnspacing=1.2
-    )
+    lines = math.ceil(len(handles) / 7)
+    columns = math.ceil(len(handles) / lines)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=1.2, columnspacing=1.2)
     return figure
 
 
@@ -264,6 +265,9 @@ def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look],
             entry.latency_ms.estimate, entry.score.estimate, **errors, color=look.color, marker=look.marker, ms=7, capsize=2, lw=1, zorder=3
         )
     ax.margins(x=0.18, y=0.16)
+    for axis, means in (("x", costs), ("y", qualities)):
+        spread = 4 * max(max(means) - min(means), 0.1 * max(means))
+        _frame(ax, axis, max(min(means) - spread, -0.1 * max(means)), max(means) + spread)
     ax.set_xlabel(cost)
     ax.set_ylabel(f"{metric} (points)")
     ax.set_title(title)
@@ -298,6 +302,15 @@ def _panels(figure: Figure, arms: Sequence[Sequence[str]], *, columns: int, extr
     return list(grid.ravel()[: len(arms)])
 
 
+def _frame(ax: Axes, axis: str, low: float, high: float) -> None:
+    """Keep an axis that reaches beyond `high` within what the means need: two rounds may give intervals a thousand times as wide."""
+    first, last = getattr(ax, f"get_{axis}lim")()
+    if last > high:
+        getattr(ax, f"set_{axis}lim")(max(first, low), high)
+        said = "some intervals go on beyond the frame"
+        ax.annotate(said, (0.99, 0.01), xycoords="axes fraction", ha="right", va="bottom", fontsize=6, color="#666666")
+
+
 def settle(figure: Figure) -> None:
     """Fix the layout: its solver visits variables by address, so that unrounded positions differ in their last bits from run to run."""
     for _ in range(2):  # tick labels of the first pass move the second
@@ -320,6 +333,7 @@ def _latency_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], subjec
     _plain_ticks(ax)
     ax.set_ylabel("latency of one call (ms)")
     ax.set_title("Latency")
+    _frame_curves(ax)
     ax.set_ylim(ax.get_ylim())
     for baseline in group.study.baselines if subject else ():
         _mark_crossing(ax, group, str(subject), baseline, palette)
@@ -342,6 +356,7 @@ def _speedup_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], refere
     _plain_ticks(ax, suffix=numbers.TIMES)
     ax.set_ylabel(f"times faster than {label(reference)}")
     ax.set_title(f"Speedup over {label(reference)}")
+    _frame_curves(ax)
     _end_labels(ax, ends, palette)
     return bool(ends)
 
@@ -353,6 +368,11 @@ def _curve(ax: Axes, rows: Sequence[SpeedRow], means: Sequence[Mean | None], loo
     bounds = [(pixels, mean.low, mean.high) for pixels, mean in found if mean.low is not None and mean.high is not None]
     if bounds:
         ax.fill_between([b[0] for b in bounds], [b[1] for b in bounds], [b[2] for b in bounds], color=look.color, alpha=0.18, lw=0)
+
+
+def _frame_curves(ax: Axes) -> None:
+    means = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines] or [np.ones(1)])
+    _frame(ax, "y", float(means.min()) / 4, float(means.max()) * 4)
 
 
 def _mark_crossing(ax: Axes, group: SpeedGroup, subject: str, baseline: str, palette: dict[str, Look]) -> None:
@@ -390,8 +410,9 @@ def _bars_panel(ax: Axes, group: Sequence[CountRow], components: Sequence[str]) 
     ax.set_xlim(0, float(start.max()) * 1.32)
     places = {(str(row.cell.params["model"]), str(row.cell.params["image_size"])) for row in group}
     model, size = next(iter(places))
-    ax.set_title(f"{model}, {numbers.size(size)}" if len(places) == 1 else group[0].study.title)
-    ax.set_xlabel("GMACs per forward pass (share of cross-attention)")
+    # a title begins where its panel does, and may end no later
+    ax.set_title(f"{model}, {numbers.size(size)}" if len(places) == 1 else textwrap.fill(group[0].study.title, 28))
+    ax.set_xlabel("GMACs per forward pass")
 
 
 def _scope_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], titled: Sequence[str]) -> None:
@@ -416,6 +437,8 @@ def _scope_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], titled: 
                 annotation_clip=False,
             )
     ax.margins(x=0.12)
+    means = [row.latency_ms.estimate for row in rows if row.latency_ms]
+    _frame(ax, "x", -0.1 * max(means), 2.5 * max(means))
     params = rows[0].cell.params
     words = [
         numbers.size(params[name]) if name == "image_size" else numbers.SCOPE_NAMES.get(str(params[name]), params[name]) for name in titled

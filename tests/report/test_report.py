@@ -189,6 +189,7 @@ def test_quick_runs_say_so_and_decide_nothing(make_run, synthetic):
     report = render(make_run([synthetic.quick(study) for study in synthetic.all_studies()]))
     text = report.markdown_path.read_text()
     assert text.split("\n\n")[1].startswith("This is a quick run")
+    assert "(faster)" not in text.split("\n\n")[1]
     verdicts = {row["verdict"] for row in json.loads(report.summary_path.read_text())["claims"]}
     assert verdicts == {"not comparable", "undecided"}
     assert " faster |" not in text
