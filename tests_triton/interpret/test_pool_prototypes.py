@@ -111,4 +111,5 @@ def test_gradients(make: Maker, mask: str, soft: bool) -> None:
     truth.backward(gradient.double())
     for one, other in zip(fast, exact, strict=True):
         assert one.grad is not None
-        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+        # by norm: a single number may be a difference of large ones
+        assert (one.grad.double() - other.grad).norm() <= 1e-5 * other.grad.norm()
