@@ -3,7 +3,7 @@
 A record holds what was measured and nothing derived from it::
 
     {"schema": 1, "context": "1f0c…", "study": "fps", "key": "9a…", "measure": "latency", "arm": "emca", "params": {…},
-     "round": 0, "status": "ok", "reason": null, "values": {…}, "samples": {"latency_ms": […]}, "duration_s": 0.4}
+     "session": "7c41…", "round": 0, "status": "ok", "reason": null, "values": {…}, "samples": {"latency_ms": […]}, "duration_s": 0.4}
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Record:
     samples: Mapping[str, list[float]] = field(default_factory=dict)
     """Raw repeated measurements; names carry their units."""
     duration_s: float = 0.0
+    session: str = ""
+    """The call of `run` that measured it, whose rounds are interleaved; empty in older records, which count as one session a context."""
     schema: int = SCHEMA
 
     @property

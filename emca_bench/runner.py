@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from emca_bench.environment import default_threads
 from emca_bench.errors import UsageError
@@ -37,6 +38,13 @@ class Task:
     def key(self) -> str:
         """Identity of the cell and measure."""
         return self.cell.key(self.measure)
+
+
+class Origin(NamedTuple):
+    """Where records come from: what they were measured on, and the call of `run` whose rounds are interleaved."""
+
+    context: str
+    session: str
 
 
 @dataclass
@@ -134,7 +142,8 @@ def run(
         with Progress([(task.measure, task.key) for task in todo], at_once=at_once) as progress:
             if elsewhere := measured_elsewhere(todo, done):
                 progress.note(f"{elsewhere} of {len(todo)} are there from another machine, version or number of threads, and come anew")
-            for record in _records(workers, todo, outcome, environment["context"], at_once, progress):
+            origin = Origin(environment["context"], secrets.token_hex(4))
+            for record in _records(workers, todo, outcome, origin, at_once, progress):
                 # said once is enough
                 if record.status != "impossible" or (record.slot, record.reason) not in refused:
                     writer.append(record)
@@ -163,7 +172,7 @@ def on_device(studies: Sequence[Study], device: str) -> list[Study]:
 
 
 def _records(
-    workers: Workers, tasks: Sequence[Task], outcome: Outcome, context: str, at_once: Mapping[str, int], progress: Progress
+    workers: Workers, tasks: Sequence[Task], outcome: Outcome, origin: Origin, at_once: Mapping[str, int], progress: Progress
 ) -> Iterator[Record]:
     """The record of each task as it comes in; those that share the machine side by side, shown and counted as they go."""
     for number, group in itertools.groupby(tasks, key=lambda task: at_once[task.measure]):
@@ -175,7 +184,7 @@ def _records(
             elif message["kind"] == "progress":
                 progress.update(task.key, message["done"] / message["total"], message["text"])
             else:
-                record = _record(task, message, context, number)
+                record = _record(task, message, origin, number)
                 yield record
                 progress.finish(task.key)
                 outcome.count(record.status)
@@ -195,7 +204,7 @@ def _request(task: Task, folder: Path, *, do: str = "") -> dict[str, Any]:
     }
 
 
-def _record(task: Task, result: Message, context: str, at_once: int) -> Record:
+def _record(task: Task, result: Message, origin: Origin, at_once: int) -> Record:
     values, reason = dict(result.get("values", {})), result.get("reason")
     if task.measure in TRAINED and result["status"] == "ok":
         # what it took is the time of a machine that they shared
@@ -203,7 +212,8 @@ def _record(task: Task, result: Message, context: str, at_once: int) -> Record:
     if result["status"] == "failed" and at_once > 1 and any(word in str(reason) for word in OUT_OF_MEMORY):
         reason = f"{reason}; or fewer cells at once than --jobs {at_once}"
     return Record(
-        context=context,
+        context=origin.context,
+        session=origin.session,
         study=task.study.name,
         key=task.key,
         measure=task.measure,

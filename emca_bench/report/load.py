@@ -14,6 +14,8 @@ from emca_bench.records import Record, read_records
 from emca_bench.specs import Cell, Study, Value, load_lock
 
 ResultStatus = Literal["ok", "partial", "failed", "impossible", "not run"]
+Moment = tuple[str, int]
+"""A round of a session: latencies are paired within one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,9 @@ class Result:
         return next(iter(self.done.values())).values if self.done else {}
 
     @property
-    def latency_ms(self) -> dict[int, float]:
-        """Median latency of one call in milliseconds, by round."""
-        return stats.round_medians({index: record.samples.get("latency_ms", []) for index, record in self.done.items()})
+    def latency_ms(self) -> dict[Moment, float]:
+        """Median latency of one call in milliseconds, by session and round."""
+        return stats.round_medians({(record.session, index): record.samples.get("latency_ms", []) for index, record in self.done.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,11 @@ def test_part_of_a_study_completes_the_whole_later(cli, small_study: Path, tmp_p
     assert "not run" in (folder / "report.md").read_text()
     assert cli("run", small_study, "--out", folder).returncode == 0
     assert_complete(small_study, folder)
+    # what came first was not interleaved with what came later
+    records = read_records(folder / "records.jsonl")
+    sessions = {(record.arm, record.params["pixels"]): record.session for record in records}
+    assert len({record.session for record in records}) == 2
+    assert sessions["emca", "8x8"] != sessions["masked", "8x8"] == sessions["masked", "4x4"]
 
 
 def test_failed_and_impossible_cells_are_rows_and_are_tried_again(cli, tmp_path: Path):
