@@ -392,13 +392,14 @@ def _same_run(argv: Sequence[str]) -> list[str]:
 def _portable(arguments: argparse.Namespace) -> str:
     """The command for the record: without paths of this machine."""
     words = ["emca-bench", "run", Path(arguments.study).stem, *(["--quick"] if arguments.quick else [])]
+    words += [word for condition in arguments.only for word in ("--only", condition)]
     if arguments.threads:
         words += ["--threads", str(arguments.threads)]
     if arguments.jobs > 1:
         words += ["--jobs", str(arguments.jobs)]
     if arguments.device != "cpu":
         words += ["--device", arguments.device]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _render(folder: Path, out: Path) -> None:

@@ -121,6 +121,11 @@ class RecordWriter:
             self._file.truncate(whole)
 
 
+def commands_of(entry: Mapping[str, Any]) -> list[str]:
+    """The distinct commands that measured a context, in order, from its entry in environment.json; older ones name the last alone."""
+    return [command for command in entry.get("commands", [entry.get("command")]) if command]
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file as a whole: readers see the old content or the new, never a part; of several writers the last one counts."""
     data = content.encode() if isinstance(content, str) else content

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from emca_bench.environment import default_threads
 from emca_bench.errors import UsageError
 from emca_bench.progress import Progress
-from emca_bench.records import Record, RecordWriter, Status, read_records, write_atomically
+from emca_bench.records import Record, RecordWriter, Status, commands_of, read_records, write_atomically
 from emca_bench.specs import MEASURES, Cell, Study, canonical_json, dump_lock
 from emca_bench.workers import ALONE, TRAINED, Message, Workers
 
@@ -135,18 +135,22 @@ def run(
         for task in _one_per_name(todo):
             workers.first.ask(_request(task, folder, do="check"))
         write_atomically(folder / LOCK, dump_lock(whole))
-        _note_environment(folder / ENVIRONMENT, environment, command, measuring=bool(todo))
+        _note_environment(folder / ENVIRONMENT, environment, command, measured=False)
         for partial in (folder / CHECKPOINTS).glob("*.partial"):
             partial.unlink()
         at_once = {measure: 1 if measure in ALONE else jobs for measure in MEASURES}
         with Progress([(task.measure, task.key) for task in todo], at_once=at_once) as progress:
             if elsewhere := measured_elsewhere(todo, done):
                 progress.note(f"{elsewhere} of {len(todo)} are there from another machine, version or number of threads, and come anew")
+            appended = False
             origin = Origin(environment["context"], secrets.token_hex(4))
             for record in _records(workers, todo, outcome, origin, at_once, progress):
                 # said once is enough
                 if record.status != "impossible" or (record.slot, record.reason) not in refused:
+                    if not appended:
+                        _note_environment(folder / ENVIRONMENT, environment, command, measured=True)
                     writer.append(record)
+                    appended = True
                 if record.status == "ok":
                     checkpoint_path(folder, record.key).unlink(missing_ok=True)
     return outcome
@@ -250,8 +254,8 @@ def _prepare(folder: Path) -> None:
         raise UsageError(f"output folder {folder} cannot be written: {error.strerror}; choose another with --out") from None
 
 
-def _note_environment(path: Path, environment: Mapping[str, Any], command: str, *, measuring: bool) -> None:
-    """Make this context the current one and, if it measures, renew its entry; the others stay, since their records stay."""
+def _note_environment(path: Path, environment: Mapping[str, Any], command: str, *, measured: bool) -> None:
+    """Make this context the current one; its state and commands are those of calls that measured something."""
     known: dict[str, Any] = {"environments": {}}
     if path.exists():
         try:
@@ -259,7 +263,9 @@ def _note_environment(path: Path, environment: Mapping[str, Any], command: str, 
         except ValueError as error:
             raise UsageError(f"{path} is not JSON: {error}") from None
     context = environment["context"]
-    known["current"] = context
-    if measuring or context not in known["environments"]:
-        known["environments"][context] = {"identity": environment["identity"], "state": environment["state"], "command": command}
+    entry = known["environments"].get(context)
+    if measured or entry is None:
+        commands = dict.fromkeys([*(commands_of(entry) if entry else ()), command])
+        entry = {"identity": environment["identity"], "state": environment["state"], "commands": list(commands)}
+    known = {"current": context, "environments": {**known["environments"], context: entry}}
     write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -115,6 +115,34 @@ def test_part_of_a_study_completes_the_whole_later(cli, small_study: Path, tmp_p
     assert sessions["emca", "8x8"] != sessions["masked", "8x8"] == sessions["masked", "4x4"]
 
 
+def test_the_report_is_of_what_was_asked_for_and_names_what_measured_it(cli, small_study: Path, tmp_path: Path):
+    """Two threads, one, and two again, which measures nothing."""
+    folder = tmp_path / "run"
+
+    def run(threads: int, *more: str) -> str:
+        ended = cli("run", small_study, "--out", folder, "--threads", threads, "--only", "pixels=4x4", *more)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stderr
+
+    def current() -> dict:
+        environment = json.loads((folder / "environment.json").read_text())
+        return environment["environments"][environment["current"]]
+
+    run(2, "--only", "arm=emca")
+    run(2)
+    both, started = current()["commands"], current()["state"]
+    command = "emca-bench run small --only pixels=4x4"
+    assert both == [f"{command} --only arm=emca --threads 2", f"{command} --threads 2"]
+    run(1)
+    assert current()["identity"]["threads"] == 1
+    assert "| threads | 1 |" in (folder / "report.md").read_text()
+    assert "measured 0" in run(2)
+    assert (current()["identity"]["threads"], current()["commands"], current()["state"]) == (2, both, started)
+    report = (folder / "report.md").read_text()
+    assert "| threads | 2 |" in report
+    assert f"| commands | `{both[0]}`, `{both[1]}` |" in report
+
+
 def test_failed_and_impossible_cells_are_rows_and_are_tried_again(cli, tmp_path: Path):
     study = tmp_path / "troubled.toml"
     study.write_text(
@@ -151,6 +179,11 @@ batch = -1
     assert status["broken"][0] == "failed"
     report = (folder / "report.md").read_text()
     assert "K=17 prototypes from P=16 pixels" in report
+    before = (folder / "environment.json").read_bytes()
+    part = cli("run", study, "--out", folder, "--only", "arm=many")
+    assert "measured 0, already there 0, impossible 1, failed 0" in part.stderr
+    # an answer that is there already is no measurement
+    assert (folder / "environment.json").read_bytes() == before
     second = cli("run", study, "--out", folder)
     assert second.returncode == 1
     assert "measured 0, already there 1, impossible 1, failed 1" in second.stderr
