@@ -126,7 +126,7 @@ def run(
     outcome = Outcome(folder)
     with RecordWriter(folder / RECORDS) as writer, Workers(jobs, folder / WORKER_LOG, threads=threads, device=device) as workers:
         tasks = plan(studies)
-        environment = workers.first.start(patient=not any(task.measure in ALONE for task in tasks))
+        environment = workers.start(patient=not any(task.measure in ALONE for task in tasks))
         records = read_records(folder / RECORDS)
         done = finished_slots(records)
         refused = {(record.slot, record.reason) for record in records if record.status == "impossible"}

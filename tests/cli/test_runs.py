@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from emca_bench.errors import UsageError
 from emca_bench.records import read_records
 from emca_bench.runner import WORKER_LOG, plan
 from emca_bench.specs import load_studies
-from emca_bench.workers import Worker
+from emca_bench.workers import Worker, Workers
 
 
 def start(study: Path, folder: Path) -> subprocess.Popen[str]:
@@ -242,6 +243,20 @@ def test_a_measuring_process_that_dies_costs_one_cell(small_study: Path, tmp_pat
         assert worker.ask(request(small_study))["status"] == "ok"
     finally:
         worker.stop()
+
+
+def test_a_process_that_finds_other_conditions_is_not_used(small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As after an edit of the source: the record would name conditions under which it was not measured."""
+    with Workers(2, tmp_path / WORKER_LOG, threads=1, device="cpu") as workers:
+        workers.start(patient=True)
+        assert workers.first.ask(request(small_study))["status"] == "ok"
+        monkeypatch.setenv("EMCA_BACKEND", "reference")
+        words = "conditions changed under it: EMCA_BACKEND was None and is reference. What was measured before is kept"
+        with pytest.raises(UsageError, match=words):
+            list(workers.answers([request(small_study)] * 2, at_once=2))
+        workers.first.stop()
+        with pytest.raises(UsageError, match=words):
+            workers.first.ask(request(small_study))
 
 
 def test_records_hold_no_names_of_this_machine(cli, small_study: Path, tmp_path: Path):
