@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emca_bench.environment import default_threads
-from emca_bench.errors import UsageError
+from emca_bench.errors import UsageError, listing
 from emca_bench.progress import Progress
 from emca_bench.records import Record, RecordWriter, Status, commands_of, read_records, write_atomically
 from emca_bench.specs import MEASURES, Cell, Study, canonical_json, dump_lock
@@ -98,7 +98,7 @@ def run(
     *,
     whole: Sequence[Study] | None = None,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     jobs: int = 1,
     command: str = "",
 ) -> Outcome:
@@ -109,7 +109,7 @@ def run(
         folder: of the run; made if need be.
         whole: the studies that the folder is about, where `studies` are a part of them.
         threads: of torch in each process; by default the cores, shared by the jobs.
-        device: "cpu" or "cuda", overrides what studies say; one GPU serves all jobs.
+        device: "cpu" or "cuda", by default what the studies name; one GPU serves all jobs.
         jobs: cells measured side by side, each in a process of its own; those of `ALONE` still come one by one.
         command: for the record of how it was made.
 
@@ -120,9 +120,10 @@ def run(
         UsageError: bad input, found before anything is measured; an unwritable folder; no such device.
         KeyboardInterrupt: handed through, with all records on disk.
     """
+    device = device or device_of(studies)
     studies, whole = on_device(studies, device), on_device(whole or studies, device)
     threads = threads or threads_of_each(jobs)
-    _prepare(folder)
+    prepare(folder)
     outcome = Outcome(folder)
     with RecordWriter(folder / RECORDS) as writer, Workers(jobs, folder / WORKER_LOG, threads=threads, device=device) as workers:
         tasks = plan(studies)
@@ -164,6 +165,18 @@ def threads_of_each(jobs: int) -> int:
 def checkpoint_path(folder: Path, key: str) -> Path:
     """Where the training of a cell keeps its state."""
     return folder / CHECKPOINTS / f"{key}.pt"
+
+
+def device_of(studies: Sequence[Study]) -> str:
+    """The device that studies name, "cpu" where they name none.
+
+    Raises:
+        UsageError: they name several.
+    """
+    named = {str(cell.params["device"]) for study in studies for cell in study.cells() if "device" in cell.params}
+    if len(named) > 1:
+        raise UsageError(f"the studies name the devices {listing(sorted(named))}; a run has one: choose it with --device")
+    return named.pop() if named else "cpu"
 
 
 def on_device(studies: Sequence[Study], device: str) -> list[Study]:
@@ -244,7 +257,12 @@ def _one_per_name(tasks: Sequence[Task]) -> Iterator[Task]:
             yield task
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -254,18 +272,27 @@ def _prepare(folder: Path) -> None:
         raise UsageError(f"output folder {folder} cannot be written: {error.strerror}; choose another with --out") from None
 
 
+def known_environments(path: Path) -> dict[str, Any]:
+    """Contexts that a run folder has records of, by name.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["environments"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: {error!r}; expected JSON with 'environments'") from None
+    return found
+
+
 def _note_environment(path: Path, environment: Mapping[str, Any], command: str, *, measured: bool) -> None:
     """Make this context the current one; its state and commands are those of calls that measured something."""
-    known: dict[str, Any] = {"environments": {}}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} is not JSON: {error}") from None
-    context = environment["context"]
-    entry = known["environments"].get(context)
+    known, context = known_environments(path), environment["context"]
+    entry = known.get(context)
     if measured or entry is None:
         commands = dict.fromkeys([*(commands_of(entry) if entry else ()), command])
         entry = {"identity": environment["identity"], "state": environment["state"], "commands": list(commands)}
-    known = {"current": context, "environments": {**known["environments"], context: entry}}
-    write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    content = {"current": context, "environments": {**known, context: entry}}
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -282,7 +282,8 @@ def command(study: Study, cell: Cell) -> str:
     conditions = {"arm": cell.arm.name, **{name: cell.params[name] for name, values in study.axes.items() if len(values) > 1}}
     overridden = set(cell.arm.overrides)
     chosen = [f"--only {shlex.quote(f'{name}={value}')}" for name, value in conditions.items() if name not in overridden]
-    return " ".join(["emca-bench run", study.name.removesuffix(COST_SUFFIX), *(["--quick"] if study.quick else []), *chosen])
+    device = ["--device cuda"] if cell.params.get("device") == "cuda" else []
+    return " ".join(["emca-bench run", study.name.removesuffix(COST_SUFFIX), *(["--quick"] if study.quick else []), *chosen, *device])
 
 
 def _starts(groups: Iterable[Sequence[object]]) -> frozenset[int]:

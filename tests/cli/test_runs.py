@@ -289,6 +289,11 @@ def test_plan_shows_what_is_done_and_how_long_the_rest_takes(cli, small_study: P
     assert cli("run", small_study, "--out", folder, "--only", "arm=emca").returncode == 0
     after = cli("plan", small_study, "--out", folder)
     assert "24 measurements, 12 done" in after.stdout
+    # what was measured under other conditions would be measured again
+    for arguments, variables in ((["--threads", 1000], {}), ([], {"EMCA_BACKEND": "reference"})):
+        other = cli("plan", small_study, "--out", folder, *arguments, **variables)
+        assert "24 measurements, 0 done" in other.stdout
+    assert "threads 0: expected at least 1" in cli("plan", small_study, "--threads", 0).stderr
 
 
 def test_report_check_tells_a_report_that_was_edited(cli, small_study: Path, tmp_path: Path):
