@@ -100,7 +100,8 @@ def _row(study: Study, target: Target, against: str | None, ours: Result, theirs
     if found is None:
         return _judged(study, target, against, where, None, "not run", _missing(ours, theirs))
     apart = isinstance(found, Ratio) and not found.interleaved
-    verdict, reason = ("undecided", numbers.NOT_INTERLEAVED) if apart else _judge(target, found)
+    judged: tuple[TargetVerdict, str] = ("undecided", numbers.NOT_INTERLEAVED) if apart else _judge(target, found)
+    verdict, reason = judged
     why = _served(ours) + _profile(ours) if verdict == "missed" else _profile(ours) if verdict == "undecided" else ""
     return _judged(study, target, against, where, found, verdict, reason + why)
 

@@ -101,13 +101,14 @@ def test_missing_gpu(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "feed"])
-def test_a_study_of_a_gpu_does_not_run_on_a_cpu_unasked(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str):
+def test_a_study_of_a_gpu_does_not_run_on_a_cpu_unasked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, tiny_training: Callable[..., Path]
+):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    study = tmp_path / "tiny.toml"
-    study.write_text(REAL_IMAGES.replace('"camvid"', '"scenes"').replace("batch = 1", 'batch = 1\ndevice = "cuda"'))
+    study = tiny_training("none", batch=1, steps=1, seed=0, device="cuda")
     folder = [] if verb == "feed" else ["--out", tmp_path / "run"]
     assert "finds no CUDA device; expected --device cpu here" in complaint(capsys, verb, study, *folder)
     assert not (tmp_path / "run" / "records.jsonl").exists() or not (tmp_path / "run" / "records.jsonl").read_bytes()
