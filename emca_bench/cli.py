@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emca_bench.errors import UsageError, did_you_mean, listing
 
@@ -59,18 +60,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("study", nargs="+", help="name in ablations/ or path of a TOML file")
     sub = verb("plan", plan, "show what a run would measure and what its folder already holds")
     _add_study_arguments(sub)
+    sub.add_argument("--threads", type=int, help="threads of torch that the run would have, all cores by default")
+    _add_device(sub)
     sub = verb("run", run, "measure a study, or resume it, and write its report")
     _add_study_arguments(sub)
     sub.add_argument("--jobs", type=int, default=1, help="cells at once, on CUDA all on one GPU; what is timed still comes alone")
     sub.add_argument("--threads", type=int, help="threads of torch for each cell; all cores by default, shared by the jobs")
-    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    _add_device(sub)
     sub = verb("train", train, "train the cells of a study and nothing else, under torchrun in several processes; run scores them")
     _add_study_arguments(sub)
-    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    _add_device(sub)
     sub.add_argument("--tensorboard", type=Path, help="folder for curves, a folder below it for each cell")
     sub = verb("feed", feed, "time a study's training steps and its loader processes: do the images keep up?")
     _add_study_arguments(sub, out=False)
-    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    _add_device(sub)
     sub.add_argument("--processes", default="1,2,4,8", metavar="N,N,...", help="numbers of loader processes, 1,2,4,8 by default")
     sub.add_argument("--seconds", type=float, default=10.0, help="for which a loader is watched, 10 by default")
     sub = verb("report", report, "render the report of a run folder")
@@ -117,6 +120,10 @@ def _add_study_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -
         parser.set_defaults(out=None)
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="by default what the study says")
+
+
 def _complain(message: str) -> int:
     print(f"emca-bench: {message}", file=sys.stderr)
     return USAGE
@@ -143,17 +150,20 @@ def _conditions(arguments: argparse.Namespace) -> dict[str, str]:
     return conditions
 
 
-def _trainings(arguments: argparse.Namespace, part: Sequence[Study]) -> list[Cell]:
-    """The cells that train on images, on the device that is asked for, once their data are known to be there."""
+def _trainings(arguments: argparse.Namespace, part: Sequence[Study]) -> tuple[list[Cell], str]:
+    """The cells that train on images and their device, once device and data are known to be there."""
+    from emca_bench.environment import check_device
     from emca_bench.measure.accuracy import check_data
-    from emca_bench.runner import on_device
+    from emca_bench.runner import device_of, on_device
 
-    cells = [cell for study in on_device(part, arguments.device) if "accuracy" in study.measures for cell in study.cells()]
+    device = arguments.device or device_of(part)
+    check_device(device)
+    cells = [cell for study in on_device(part, device) if "accuracy" in study.measures for cell in study.cells()]
     if not cells:
         raise UsageError(f"study {arguments.study!r} trains nothing; expected one with the measure 'accuracy'")
     for cell in {(cell.arm.name, cell.params["dataset"]): cell for cell in cells}.values():
         check_data(cell.params)
-    return cells
+    return cells, device
 
 
 def _list_studies() -> list[tuple[str, str]]:
@@ -245,17 +255,22 @@ def _check_names(study: Study) -> None:
 
 def plan(arguments: argparse.Namespace, argv: list[str]) -> int:
     """`emca-bench plan`."""
+    from emca_bench.environment import collect_environment, default_threads
     from emca_bench.progress import clock
     from emca_bench.records import read_records
-    from emca_bench.runner import RECORDS, finished_slots, on_device
+    from emca_bench.runner import RECORDS, device_of, finished_slots, on_device
     from emca_bench.runner import plan as plan_tasks
 
+    _at_least_one("--threads", arguments.threads)
     part, _, folder = _load(arguments)
+    device = arguments.device or device_of(part)
     records = read_records(folder / RECORDS)
-    done = {slot[1:] for slot in finished_slots(records)}
+    # without records nothing is done under any conditions, and torch stays out
+    context = collect_environment(threads=arguments.threads or default_threads(), device=device)["context"] if records else ""
+    done = finished_slots(records)
     seconds = {record.key: record.duration_s for record in records}
-    tasks = plan_tasks(on_device(part, "cpu"))
-    todo = [task for task in tasks if (task.key, task.round) not in done]
+    tasks = plan_tasks(on_device(part, device))
+    todo = [task for task in tasks if (context, task.key, task.round) not in done]
     known = [seconds[task.key] for task in todo if task.key in seconds]
     for cell, measure in dict.fromkeys((task.cell.label(), task.measure) for task in tasks):
         print(f"{measure:9} {cell}")
@@ -271,9 +286,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     from emca_bench import runner
     from emca_bench.workers import ALONE
 
-    for flag, found in (("--threads", arguments.threads), ("--jobs", arguments.jobs)):
-        if found is not None and found < 1:
-            raise UsageError(f"{flag} {found}: expected at least 1")
+    _at_least_one("--threads", arguments.threads)
+    _at_least_one("--jobs", arguments.jobs)
     part, whole, folder = _load(arguments)
     command = shlex.join(["emca-bench", *argv])
     timed = any(measure in ALONE for study in part for measure in study.measures)
@@ -303,18 +317,28 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     return FAILED if outcome.failed else OK
 
 
+def _at_least_one(flag: str, found: int | None) -> None:
+    if found is not None and found < 1:
+        raise UsageError(f"{flag} {found}: expected at least 1")
+
+
 def train(arguments: argparse.Namespace, argv: list[str]) -> int:
     """`emca-bench train`."""
     from emca_bench.measure.training import train_cell
     from emca_bench.progress import Progress
-    from emca_bench.runner import checkpoint_path
+    from emca_bench.records import RecordWriter
+    from emca_bench.runner import RECORDS, checkpoint_path, prepare
     from emca_bench.train import Processes
 
     part, _, folder = _load(arguments)
-    scored = _scored(folder, arguments.device)
-    cells = [cell for cell in _trainings(arguments, part) if cell.key("accuracy") not in scored]
-    processes = Processes(arguments.device)
-    with Progress([("train", cell.key("accuracy")) for cell in cells], stream=None if processes.first else io.StringIO()) as progress:
+    cells, device = _trainings(arguments, part)
+    scored = _scored(folder, device)
+    cells = [cell for cell in cells if cell.key("accuracy") not in scored]
+    processes = Processes(device)
+    prepare(folder)
+    # as run does, which writes the same checkpoints
+    lock = RecordWriter(folder / RECORDS) if processes.first else contextlib.nullcontext()
+    with lock, Progress([("train", cell.key("accuracy")) for cell in cells], stream=None if processes.first else io.StringIO()) as progress:
         for cell in cells:
             key, steps = cell.key("accuracy"), int(cell.params["steps"])
             progress.start("train", key, f"train {cell.label()}")
@@ -340,7 +364,7 @@ def feed(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     counts = _counts(arguments.processes)
     part, _, _ = _load(arguments)
-    first = {cell.params["dataset"]: cell for cell in reversed(_trainings(arguments, part))}
+    first = {cell.params["dataset"]: cell for cell in reversed(_trainings(arguments, part)[0])}
     starved = False
     for cell in reversed(first.values()):
         own = int(cell.params.get("loader_workers", 0))
@@ -367,13 +391,17 @@ def _counts(text: str) -> list[int]:
 
 
 def _scored(folder: Path, device: str) -> set[str]:
-    """Keys of the cells for which `run` would find nothing to do: whose record is there, from this machine and source."""
+    """Keys of the cells whose record is there, from this machine and source, with any number of threads."""
     from emca_bench.environment import collect_environment, default_threads
     from emca_bench.records import read_records
-    from emca_bench.runner import RECORDS, finished_slots
+    from emca_bench.runner import ENVIRONMENT, RECORDS, finished_slots, known_environments
 
-    context = collect_environment(threads=default_threads(), device=device)["context"]
-    return {key for found, key, _ in finished_slots(read_records(folder / RECORDS)) if found == context}
+    def but_threads(environment: Mapping[str, Any]) -> dict[str, Any]:
+        return {**environment["identity"], "threads": None}
+
+    here = but_threads(collect_environment(threads=default_threads(), device=device))
+    alike = {context for context, entry in known_environments(folder / ENVIRONMENT).items() if but_threads(entry) == here}
+    return {key for context, key, _ in finished_slots(read_records(folder / RECORDS)) if context in alike}
 
 
 def _show_step(progress: Progress, key: str, steps: int, step: int, loss: float) -> None:
@@ -392,13 +420,14 @@ def _same_run(argv: Sequence[str]) -> list[str]:
 def _portable(arguments: argparse.Namespace) -> str:
     """The command for the record: without paths of this machine."""
     words = ["emca-bench", "run", Path(arguments.study).stem, *(["--quick"] if arguments.quick else [])]
+    words += [word for condition in arguments.only for word in ("--only", condition)]
     if arguments.threads:
         words += ["--threads", str(arguments.threads)]
     if arguments.jobs > 1:
         words += ["--jobs", str(arguments.jobs)]
-    if arguments.device != "cpu":
+    if arguments.device:
         words += ["--device", arguments.device]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _render(folder: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from emca_bench.errors import UsageError
 from emca_bench.specs import canonical_json
 
 PACKAGES = ("torch", "numpy", "scipy", "timm", "triton", "transformers", "onnxruntime", "torch-ms-deform-attn")
@@ -49,11 +50,15 @@ def collect_environment(*, threads: int, device: str) -> dict[str, Any]:
 
     Imports torch. Call it in the process that measures.
 
+    Raises:
+        UsageError: no such device.
+
     Returns:
         {"context": 12 hex digits of the identity, "identity": {...}, "state": {...}}
     """
     import torch
 
+    check_device(device)
     identity = {
         "cpu": _cpu_model(),
         "cores": default_threads(),
@@ -71,6 +76,18 @@ def collect_environment(*, threads: int, device: str) -> dict[str, Any]:
     }
     context = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
     return {"context": context, "identity": identity, "state": _state()}
+
+
+def check_device(device: str) -> None:
+    """Imports torch.
+
+    Raises:
+        UsageError: device "cuda" where torch finds none.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("the study or --device names cuda, but torch finds no CUDA device; expected --device cpu here")
 
 
 def source_hash() -> str:

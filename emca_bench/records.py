@@ -3,7 +3,7 @@
 A record holds what was measured and nothing derived from it::
 
     {"schema": 1, "context": "1f0c…", "study": "fps", "key": "9a…", "measure": "latency", "arm": "emca", "params": {…},
-     "round": 0, "status": "ok", "reason": null, "values": {…}, "samples": {"latency_ms": […]}, "duration_s": 0.4}
+     "session": "7c41…", "round": 0, "status": "ok", "reason": null, "values": {…}, "samples": {"latency_ms": […]}, "duration_s": 0.4}
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Record:
     samples: Mapping[str, list[float]] = field(default_factory=dict)
     """Raw repeated measurements; names carry their units."""
     duration_s: float = 0.0
+    session: str = ""
+    """The call of `run` that measured it, whose rounds are interleaved; empty in older records, which count as one session a context."""
     schema: int = SCHEMA
 
     @property
@@ -117,6 +119,11 @@ class RecordWriter:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             self._file.truncate(whole)
+
+
+def commands_of(entry: Mapping[str, Any]) -> list[str]:
+    """The distinct commands that measured a context, in order, from its entry in environment.json; older ones name the last alone."""
+    return [command for command in entry.get("commands", [entry.get("command")]) if command]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

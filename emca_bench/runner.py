@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from emca_bench.environment import default_threads
-from emca_bench.errors import UsageError
+from emca_bench.errors import UsageError, listing
 from emca_bench.progress import Progress
-from emca_bench.records import Record, RecordWriter, Status, read_records, write_atomically
+from emca_bench.records import Record, RecordWriter, Status, commands_of, read_records, write_atomically
 from emca_bench.specs import MEASURES, Cell, Study, canonical_json, dump_lock
 from emca_bench.workers import ALONE, TRAINED, Message, Workers
 
@@ -37,6 +38,13 @@ class Task:
     def key(self) -> str:
         """Identity of the cell and measure."""
         return self.cell.key(self.measure)
+
+
+class Origin(NamedTuple):
+    """Where records come from: what they were measured on, and the call of `run` whose rounds are interleaved."""
+
+    context: str
+    session: str
 
 
 @dataclass
@@ -90,7 +98,7 @@ def run(
     *,
     whole: Sequence[Study] | None = None,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     jobs: int = 1,
     command: str = "",
 ) -> Outcome:
@@ -101,7 +109,7 @@ def run(
         folder: of the run; made if need be.
         whole: the studies that the folder is about, where `studies` are a part of them.
         threads: of torch in each process; by default the cores, shared by the jobs.
-        device: "cpu" or "cuda", overrides what studies say; one GPU serves all jobs.
+        device: "cpu" or "cuda", by default what the studies name; one GPU serves all jobs.
         jobs: cells measured side by side, each in a process of its own; those of `ALONE` still come one by one.
         command: for the record of how it was made.
 
@@ -112,13 +120,14 @@ def run(
         UsageError: bad input, found before anything is measured; an unwritable folder; no such device.
         KeyboardInterrupt: handed through, with all records on disk.
     """
+    device = device or device_of(studies)
     studies, whole = on_device(studies, device), on_device(whole or studies, device)
     threads = threads or threads_of_each(jobs)
-    _prepare(folder)
+    prepare(folder)
     outcome = Outcome(folder)
     with RecordWriter(folder / RECORDS) as writer, Workers(jobs, folder / WORKER_LOG, threads=threads, device=device) as workers:
         tasks = plan(studies)
-        environment = workers.first.start(patient=not any(task.measure in ALONE for task in tasks))
+        environment = workers.start(patient=not any(task.measure in ALONE for task in tasks))
         records = read_records(folder / RECORDS)
         done = finished_slots(records)
         refused = {(record.slot, record.reason) for record in records if record.status == "impossible"}
@@ -127,17 +136,22 @@ def run(
         for task in _one_per_name(todo):
             workers.first.ask(_request(task, folder, do="check"))
         write_atomically(folder / LOCK, dump_lock(whole))
-        _note_environment(folder / ENVIRONMENT, environment, command, measuring=bool(todo))
+        _note_environment(folder / ENVIRONMENT, environment, command, measured=False)
         for partial in (folder / CHECKPOINTS).glob("*.partial"):
             partial.unlink()
         at_once = {measure: 1 if measure in ALONE else jobs for measure in MEASURES}
         with Progress([(task.measure, task.key) for task in todo], at_once=at_once) as progress:
             if elsewhere := measured_elsewhere(todo, done):
                 progress.note(f"{elsewhere} of {len(todo)} are there from another machine, version or number of threads, and come anew")
-            for record in _records(workers, todo, outcome, environment["context"], at_once, progress):
+            appended = False
+            origin = Origin(environment["context"], secrets.token_hex(4))
+            for record in _records(workers, todo, outcome, origin, at_once, progress):
                 # said once is enough
                 if record.status != "impossible" or (record.slot, record.reason) not in refused:
+                    if not appended:
+                        _note_environment(folder / ENVIRONMENT, environment, command, measured=True)
                     writer.append(record)
+                    appended = True
                 if record.status == "ok":
                     checkpoint_path(folder, record.key).unlink(missing_ok=True)
     return outcome
@@ -153,6 +167,18 @@ def checkpoint_path(folder: Path, key: str) -> Path:
     return folder / CHECKPOINTS / f"{key}.pt"
 
 
+def device_of(studies: Sequence[Study]) -> str:
+    """The device that studies name, "cpu" where they name none.
+
+    Raises:
+        UsageError: they name several.
+    """
+    named = {str(cell.params["device"]) for study in studies for cell in study.cells() if "device" in cell.params}
+    if len(named) > 1:
+        raise UsageError(f"the studies name the devices {listing(sorted(named))}; a run has one: choose it with --device")
+    return named.pop() if named else "cpu"
+
+
 def on_device(studies: Sequence[Study], device: str) -> list[Study]:
     """The studies with every cell on one device."""
     moved = []
@@ -163,7 +189,7 @@ def on_device(studies: Sequence[Study], device: str) -> list[Study]:
 
 
 def _records(
-    workers: Workers, tasks: Sequence[Task], outcome: Outcome, context: str, at_once: Mapping[str, int], progress: Progress
+    workers: Workers, tasks: Sequence[Task], outcome: Outcome, origin: Origin, at_once: Mapping[str, int], progress: Progress
 ) -> Iterator[Record]:
     """The record of each task as it comes in; those that share the machine side by side, shown and counted as they go."""
     for number, group in itertools.groupby(tasks, key=lambda task: at_once[task.measure]):
@@ -175,7 +201,7 @@ def _records(
             elif message["kind"] == "progress":
                 progress.update(task.key, message["done"] / message["total"], message["text"])
             else:
-                record = _record(task, message, context, number)
+                record = _record(task, message, origin, number)
                 yield record
                 progress.finish(task.key)
                 outcome.count(record.status)
@@ -195,7 +221,7 @@ def _request(task: Task, folder: Path, *, do: str = "") -> dict[str, Any]:
     }
 
 
-def _record(task: Task, result: Message, context: str, at_once: int) -> Record:
+def _record(task: Task, result: Message, origin: Origin, at_once: int) -> Record:
     values, reason = dict(result.get("values", {})), result.get("reason")
     if task.measure in TRAINED and result["status"] == "ok":
         # what it took is the time of a machine that they shared
@@ -203,7 +229,8 @@ def _record(task: Task, result: Message, context: str, at_once: int) -> Record:
     if result["status"] == "failed" and at_once > 1 and any(word in str(reason) for word in OUT_OF_MEMORY):
         reason = f"{reason}; or fewer cells at once than --jobs {at_once}"
     return Record(
-        context=context,
+        context=origin.context,
+        session=origin.session,
         study=task.study.name,
         key=task.key,
         measure=task.measure,
@@ -230,7 +257,12 @@ def _one_per_name(tasks: Sequence[Task]) -> Iterator[Task]:
             yield task
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -240,16 +272,27 @@ def _prepare(folder: Path) -> None:
         raise UsageError(f"output folder {folder} cannot be written: {error.strerror}; choose another with --out") from None
 
 
-def _note_environment(path: Path, environment: Mapping[str, Any], command: str, *, measuring: bool) -> None:
-    """Make this context the current one and, if it measures, renew its entry; the others stay, since their records stay."""
-    known: dict[str, Any] = {"environments": {}}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} is not JSON: {error}") from None
-    context = environment["context"]
-    known["current"] = context
-    if measuring or context not in known["environments"]:
-        known["environments"][context] = {"identity": environment["identity"], "state": environment["state"], "command": command}
-    write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+def known_environments(path: Path) -> dict[str, Any]:
+    """Contexts that a run folder has records of, by name.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["environments"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: {error!r}; expected JSON with 'environments'") from None
+    return found
+
+
+def _note_environment(path: Path, environment: Mapping[str, Any], command: str, *, measured: bool) -> None:
+    """Make this context the current one; its state and commands are those of calls that measured something."""
+    known, context = known_environments(path), environment["context"]
+    entry = known.get(context)
+    if measured or entry is None:
+        commands = dict.fromkeys([*(commands_of(entry) if entry else ()), command])
+        entry = {"identity": environment["identity"], "state": environment["state"], "commands": list(commands)}
+    content = {"current": context, "environments": {**known, context: entry}}
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from scipy.special import stdtrit
@@ -29,6 +29,9 @@ TICKS_MS = (10.0, 4.0)
 MIN_TICK_SAMPLES = 20
 """Fewest samples in which a tick is looked for."""
 
+Key = TypeVar("Key", int, tuple[str, int])
+"""What values are paired by: a seed, a round, or the round of a session, since rounds of different sessions were never interleaved."""
+
 SpeedVerdict = Literal["faster", "slower", "no difference", "undecided"]
 AccuracyVerdict = Literal["not worse", "worse", "undecided"]
 Sensitivity = Literal["can decide", "cannot decide", "undecided"]
@@ -42,6 +45,8 @@ class Ratio:
     low: float | None
     high: float | None
     rounds: int
+    interleaved: bool = True
+    """Whether both sides were measured within each round. If not, the interval does not cover a drift between them."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ class Mean:
     count: int
 
 
-def round_medians(samples: Mapping[int, Sequence[float]]) -> dict[int, float]:
+def round_medians(samples: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
     """Median of each round, in the unit of the samples; rounds without samples are left out."""
-    return {index: float(np.median(values)) for index, values in sorted(samples.items()) if len(values)}
+    return {index: float(np.median(values)) for index, values in samples.items() if len(values)}
 
 
 def mean_interval(values: Sequence[float]) -> Mean:
@@ -71,7 +76,7 @@ def mean_interval(values: Sequence[float]) -> Mean:
     return Mean(center, None if half is None else center - half, None if half is None else center + half, len(values))
 
 
-def geometric_mean(rounds: Mapping[int, float]) -> Mean:
+def geometric_mean(rounds: Mapping[Key, float]) -> Mean:
     """Geometric mean of round medians with its t interval: quotients of two of them are the estimates of `paired_ratio`.
 
     Raises:
@@ -82,7 +87,7 @@ def geometric_mean(rounds: Mapping[int, float]) -> Mean:
     return _exponentiate(*_center_and_half_width(_logs(rounds.values())), count=len(rounds))
 
 
-def paired_ratio(rounds_a: Mapping[int, float], rounds_b: Mapping[int, float]) -> Ratio:
+def paired_ratio(rounds_a: Mapping[Key, float], rounds_b: Mapping[Key, float]) -> Ratio:
     """How many times faster b is than a: the ratio a / b of round medians, paired by round.
 
     Pairing takes out what drifts from round to round (clock, temperature, neighbours), because both were measured within each
@@ -107,7 +112,7 @@ def unpaired_ratio(rounds_a: Sequence[float], rounds_b: Sequence[float]) -> Rati
     """The ratio a / b of two runs that were not interleaved: Welch's t interval on log medians.
 
     It covers the noise within each run and nothing else. A drift between the runs looks like a difference, so use it only where
-    pairing is impossible (two commits, two machines) and say so.
+    pairing is impossible (two commits, two machines, two sessions) and say so.
 
     Raises:
         ValueError: no rounds on one side, or a latency that is not positive.
@@ -118,21 +123,36 @@ def unpaired_ratio(rounds_a: Sequence[float], rounds_b: Sequence[float]) -> Rati
     center = float(a.mean() - b.mean())
     rounds = min(len(a), len(b))
     if rounds < MIN_ROUNDS:
-        return Ratio(math.exp(center), None, None, rounds)
+        return Ratio(math.exp(center), None, None, rounds, interleaved=False)
     half = _welch_half_width(a, b)
-    return Ratio(math.exp(center), math.exp(center - half), math.exp(center + half), rounds)
+    return Ratio(math.exp(center), math.exp(center - half), math.exp(center + half), rounds, interleaved=False)
 
 
-def speed_verdict(speedup: Ratio, *, floor: float = FLOOR) -> SpeedVerdict:
+def latency_ratio(rounds_a: Mapping[Key, float], rounds_b: Mapping[Key, float]) -> Ratio | None:
+    """The ratio a / b: paired by round, or unpaired where too few rounds hold both; None where a side has no rounds.
+
+    Raises:
+        ValueError: a latency that is not positive.
+    """
+    if not rounds_a or not rounds_b:
+        return None
+    common, fewest = len(set(rounds_a) & set(rounds_b)), min(len(rounds_a), len(rounds_b))
+    if common >= min(MIN_ROUNDS, fewest):
+        return paired_ratio(rounds_a, rounds_b)
+    return unpaired_ratio(list(rounds_a.values()), list(rounds_b.values()))
+
+
+def speed_verdict(speedup: Ratio, *, floor: float = FLOOR, across_runs: bool = False) -> SpeedVerdict:
     """What a speedup (latency of the baseline over latency of the arm) shows.
 
     `faster` and `slower` need an interval that excludes 1 and an estimate beyond the floor. `no difference` needs the whole
     interval within the floor: a wide interval around 1 shows nothing and is `undecided`.
 
     Fewer than three rounds are always `undecided`: one round has no spread at all, and the spread of two numbers rests on one
-    degree of freedom (its t quantile is 12.7), so that a single disturbed round can neither be seen nor outvoted.
+    degree of freedom (its t quantile is 12.7), so that a single disturbed round can neither be seen nor outvoted. So are rounds that
+    were not interleaved, unless two runs are what is compared (`across_runs`).
     """
-    if speedup.rounds < MIN_ROUNDS or speedup.low is None or speedup.high is None:
+    if not (speedup.interleaved or across_runs) or speedup.rounds < MIN_ROUNDS or speedup.low is None or speedup.high is None:
         return "undecided"
     if speedup.low > 1 and speedup.estimate > 1 + floor:
         return "faster"
@@ -143,7 +163,7 @@ def speed_verdict(speedup: Ratio, *, floor: float = FLOOR) -> SpeedVerdict:
     return "undecided"
 
 
-def paired_difference(seeds_a: Mapping[int, float], seeds_b: Mapping[int, float]) -> Mean | None:
+def paired_difference(seeds_a: Mapping[Key, float], seeds_b: Mapping[Key, float]) -> Mean | None:
     """Mean of a - b over the seeds that both have, with its t interval; None without a common seed."""
     common = sorted(set(seeds_a) & set(seeds_b))
     return mean_interval([seeds_a[seed] - seeds_b[seed] for seed in common]) if common else None

@@ -35,6 +35,7 @@ class Worker:
 
     Attributes:
         environment: what the process was started on, from its first answer on.
+        identity: of the first environment; a process that finds another one is not used.
     """
 
     def __init__(self, log: Path, *, threads: int, device: str) -> None:
@@ -44,6 +45,7 @@ class Worker:
         self._patient = False
         self._unread = b""
         self.environment: dict[str, Any] = {}
+        self.identity: dict[str, Any] = {}
 
     def start(self, *, patient: bool) -> dict[str, Any]:
         """Start the process and wait for its environment.
@@ -87,7 +89,7 @@ class Worker:
         """The messages that have come; waits for something to read, which need not be a whole message.
 
         Raises:
-            UsageError: the process does not start, or cannot carry out its request.
+            UsageError: the process does not start, finds other source or versions than the one before, or cannot carry out its request.
         """
         found = os.read(self.fileno(), 2**16)
         if not found:
@@ -98,6 +100,8 @@ class Worker:
             if message["kind"] == "usage":
                 raise UsageError(message["message"])
             if message["kind"] == "ready":
+                self.identity = self.identity or message["identity"]
+                _check_same(self.identity, message["identity"])
                 self.environment = message
             else:
                 messages.append(message)
@@ -163,6 +167,13 @@ class Workers:
         for worker in self._workers:
             worker.stop()
 
+    def start(self, *, patient: bool) -> dict[str, Any]:
+        """Start the first process and wait for its environment, which that of all others must equal; see `Worker.start`."""
+        environment = self.first.start(patient=patient)
+        for worker in self._workers:
+            worker.identity = environment["identity"]
+        return environment
+
     @property
     def first(self) -> Worker:
         """The one that works alone where only one does."""
@@ -198,3 +209,11 @@ class Workers:
                         del busy[worker]
                         idle.append(worker)
                     yield number, message
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [f"{name} was {before.get(name)} and is {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise UsageError(
+            f"the run's conditions changed under it: {'; '.join(changed)}. What was measured before is kept; run again for the rest"
+        )

@@ -44,6 +44,10 @@ class Puzzle(NamedTuple):
     answers_BQV: Tensor
     asked_BQ: Tensor
 
+    def to(self, device: torch.device) -> Puzzle:
+        """The same batch elsewhere; draws are those of the CPU on every device."""
+        return Puzzle(*(tensor.to(device) for tensor in self))
+
 
 def make_puzzle(need: str, marks_QM: Tensor, *, batch: int, pixels: int, random: torch.Generator) -> Puzzle:
     """A batch of a task: pixels belong to objects at random, one per query, and a query may look at its object.
@@ -117,18 +121,18 @@ def measure_mechanism(
     shape, width, queries = parse_size(str(params["pixels"])), int(params["width"]), int(params["queries"])
     if width <= VALUES:
         raise UsageError(f"parameter 'width' is {width}; expected more than {VALUES}, which hold the value of a pixel")
-    rate = float(params.get("learning_rate", 3e-3))
+    rate, device = float(params.get("learning_rate", 3e-3)), torch.device(str(params.get("device", "cpu")))
     torch.manual_seed(seed)
     marks_QM = torch.randn(queries, width - VALUES)
     marks_QM = MARK_NORM * marks_QM / marks_QM.norm(dim=-1, keepdim=True)
-    solver = Solver(build_attention(arm.attention, width=width, **dict[str, Any](arm.switches)), width).train()
+    solver = Solver(build_attention(arm.attention, width=width, **dict[str, Any](arm.switches)), width).train().to(device)
     optimizer = torch.optim.AdamW(solver.parameters(), lr=rate, weight_decay=0.0)
     random = torch.Generator().manual_seed(seed)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
-        puzzle = make_puzzle(need, marks_QM, batch=batch, pixels=shape[0] * shape[1], random=random)
-        errors = (solver(marks_QM, puzzle, shape) - puzzle.answers_BQV)[puzzle.asked_BQ].square()
+        puzzle = make_puzzle(need, marks_QM, batch=batch, pixels=shape[0] * shape[1], random=random).to(device)
+        errors = (solver(marks_QM.to(device), puzzle, shape) - puzzle.answers_BQV)[puzzle.asked_BQ].square()
         optimizer.zero_grad()
         errors.mean().backward()
         optimizer.step()
@@ -138,11 +142,12 @@ def measure_mechanism(
 
 @torch.no_grad()
 def _explained(solver: Solver, need: str, marks_QM: Tensor, batch: int, shape: tuple[int, int]) -> float:
+    device = solver.answer.weight.device
     random = torch.Generator().manual_seed(TEST_SEED)
     error = total = 0.0
     for _ in range(TEST_BATCHES):
-        puzzle = make_puzzle(need, marks_QM, batch=batch, pixels=shape[0] * shape[1], random=random)
+        puzzle = make_puzzle(need, marks_QM, batch=batch, pixels=shape[0] * shape[1], random=random).to(device)
         answers = puzzle.answers_BQV[puzzle.asked_BQ]
-        error += float((solver(marks_QM, puzzle, shape)[puzzle.asked_BQ] - answers).square().sum())
+        error += float((solver(marks_QM.to(device), puzzle, shape)[puzzle.asked_BQ] - answers).square().sum())
         total += float(answers.square().sum())
     return 100 * (1 - error / total)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Subset
 
 from emca_bench.data import Dataset, Sample, open_dataset
+from emca_bench.environment import source_hash
 from emca_bench.errors import UsageError
 from emca_bench.measure.subjects import model_overrides
 from emca_bench.models import build_model
@@ -56,6 +57,9 @@ def train_cell(
         tensorboard: folder for curves.
         processes: of a distributed training.
         on_step: called with the number of steps done and the loss.
+
+    Raises:
+        UsageError: the checkpoint is of another configuration, data or source.
     """
     name, seed = str(params["dataset"]), int(params["seed"])
     processes = processes or Processes(str(params.get("device", "cpu")))
@@ -64,7 +68,8 @@ def train_cell(
     workers = int(params.get("loader_workers", 0))
     images = training_images(params)
     recipe = recipe_of(params)
-    identity = {"arm": arm.name, "model": {"name": params["model"], **overrides}, "data": dataset.fingerprint()}
+    built = {"name": params["model"], **overrides}
+    identity = {"arm": arm.name, "model": built, "data": dataset.fingerprint(), "source": source_hash()}
     log = train(
         model,
         images,

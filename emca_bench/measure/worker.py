@@ -60,10 +60,11 @@ def main() -> None:
 
 def serve(requests: IO[str], answer: Answer, *, threads: int, device: str) -> None:
     """Answer each request with progress messages and one result or error."""
-    if device == "cuda" and not torch.cuda.is_available():
-        answer({"kind": "usage", "message": "device cuda was asked for, but torch finds no CUDA device; expected --device cpu here"})
+    try:
+        answer({"kind": "ready", **collect_environment(threads=threads, device=device)})
+    except UsageError as error:
+        answer({"kind": "usage", "message": str(error)})
         return
-    answer({"kind": "ready", **collect_environment(threads=threads, device=device)})
     for line in requests:
         request = json.loads(line)
         started = time.perf_counter()

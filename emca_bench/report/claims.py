@@ -87,9 +87,11 @@ def _multiply_adds(
 def _speedup(run: Run, study: Study, expected: Expected, against: str | None, mine: Sequence[Result], theirs: Sequence[Result]) -> Claim:
     where = _conditions(mine[0])
     ours, rival = mine[0].latency_ms, theirs[0].latency_ms if theirs else {}
-    if not set(ours) & set(rival):
+    ratio = stats.latency_ratio(rival, ours)
+    if ratio is None:
         return _claim(study, expected, against, where, "not run", _missing([*mine, *theirs], f"no {against} to compare with"))
-    ratio = stats.paired_ratio(rival, ours)
+    if not ratio.interleaved:
+        return _claim(study, expected, against, where, "undecided", numbers.NOT_INTERLEAVED, numbers.ratio(ratio), ratio)
     verdict, reason = _judge(expected, ratio, enough=ratio.rounds >= MIN_ROUNDS, relative=True, neutral=1.0)
     if verdict in ("reproduced", "differs"):
         reason += f" A ratio, so compared whatever the hardware (published: {expected.hardware})."

@@ -11,7 +11,7 @@ from emca_bench.errors import UsageError
 from emca_bench.report import numbers
 from emca_bench.report.load import Run, load_run
 
-_CAUTION = "The runs were not interleaved: a drift of the machine between them looks like a difference."
+_CAUTION = f"The runs were not interleaved ({numbers.APART}): a drift of the machine between them looks like a difference."
 
 
 def compare_runs(first: Path, second: Path) -> str:
@@ -28,7 +28,7 @@ def compare_runs(first: Path, second: Path) -> str:
             continue
         before, after = result.latency_ms, other.latency_ms
         ratio = stats.unpaired_ratio(list(before.values()), list(after.values()))
-        verdict = stats.speed_verdict(ratio)
+        verdict = stats.speed_verdict(ratio, across_runs=True)
         verdicts[verdict] += 1
         means = [numbers.significant(stats.geometric_mean(rounds).estimate) for rounds in (before, after)]
         rows.append([result.cell.study, result.cell.label(), *means, numbers.ratio(ratio), verdict])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from emca_bench import stats
 from emca_bench.errors import UsageError
-from emca_bench.records import Record, read_records
+from emca_bench.records import Record, commands_of, read_records
 from emca_bench.specs import Cell, Study, Value, load_lock
 
 ResultStatus = Literal["ok", "partial", "failed", "impossible", "not run"]
+Moment = tuple[str, int]
+"""A round of a session: latencies are paired within one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Environment:
     """What must not differ within a report: processor, threads, versions."""
     state: Mapping[str, Any]
     """What may: commit, load, start time."""
-    command: str
+    commands: Sequence[str]
+    """What measured it, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,9 @@ class Result:
         return next(iter(self.done.values())).values if self.done else {}
 
     @property
-    def latency_ms(self) -> dict[int, float]:
-        """Median latency of one call in milliseconds, by round."""
-        return stats.round_medians({index: record.samples.get("latency_ms", []) for index, record in self.done.items()})
+    def latency_ms(self) -> dict[Moment, float]:
+        """Median latency of one call in milliseconds, by session and round."""
+        return stats.round_medians({(record.session, index): record.samples.get("latency_ms", []) for index, record in self.done.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,7 @@ def _load_environment(path: Path) -> tuple[str, Environment]:
         data = json.loads(path.read_text(encoding="utf-8"))
         current = data["current"]
         entry = data["environments"][current]
-        environment = Environment(identity=entry["identity"], state=entry.get("state", {}), command=entry.get("command", ""))
+        environment = Environment(identity=entry["identity"], state=entry.get("state", {}), commands=commands_of(entry))
     except OSError:
         raise UsageError(f"{path.parent} is no run folder: {path.name} is not there") from None
     except ValueError as error:

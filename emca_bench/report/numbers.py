@@ -12,6 +12,12 @@ NOTHING = "—"
 """What a table shows where there is no number."""
 TIMES = "\N{MULTIPLICATION SIGN}"
 """After a ratio, and between height and width."""
+APART = "\N{DAGGER}"
+"""After a ratio of rounds that were not interleaved."""
+NOT_INTERLEAVED = (
+    "Measured by different calls of run, not in the same rounds: a drift of the machine between them looks like a difference, so there "
+    "is no verdict. For one, measure both in a new folder."
+)
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -30,9 +36,9 @@ def interval(low: float | None, high: float | None, decimals: int) -> str:
 
 
 def ratio(value: Ratio) -> str:
-    """`1.13× [1.05, 1.21]`."""
+    """`1.13× [1.05, 1.21]`, or `1.13׆ [1.05, 1.21]` where the rounds were not interleaved."""
     decimals = 1 if value.estimate >= 10 else 2
-    return f"{value.estimate:.{decimals}f}{TIMES} {interval(value.low, value.high, decimals)}".strip()
+    return f"{value.estimate:.{decimals}f}{TIMES}{'' if value.interleaved else APART} {interval(value.low, value.high, decimals)}".strip()
 
 
 def milliseconds(value: Mean) -> str:

@@ -99,7 +99,7 @@ def operator_table(groups: Sequence[KernelGroup]) -> Table:
             rows.append([*_place(row, varying), tables.arm(row.arm), tables.latency(row), *tables.speedups(group.group, row)])
             rows[-1] += [*(_rates(group, row) if bounded else []), tables.number(row.peak_memory_bytes, numbers.mebibytes)]
             rows[-1].append(Value(tables.backends(row) or numbers.NOTHING))
-    return Table(columns, rows, breaks=frozenset(begins))
+    return Table(columns, rows, tables.not_interleaved(group.group for group in groups), breaks=frozenset(begins))
 
 
 def _place(row: SpeedRow, varying: Sequence[str]) -> list[Value]:

@@ -165,8 +165,9 @@ def _conditions(run: Run, group: SpeedGroup | None, accuracy: list[AccuracyGroup
         )
     quick = ["quick run, not to be cited"] if run.quick else []
     text = "; ".join(part for part in [*quick, *parts] if part)
-    sources = [f"Command: {inline(Code(run.environment.command))}"] if run.environment.command else []
-    if trained is not None and trained.environment.command:
+    sources = [f"Command: {inline(Code(command))}" for command in run.environment.commands]
+    if trained is not None and trained.environment.commands:
         source = trained.environment.identity.get("source", NOTHING)
-        sources.append(f"accuracies: {inline(Code(trained.environment.command))}, source {source}")
+        commands = ", ".join(inline(Code(command)) for command in trained.environment.commands)
+        sources.append(f"accuracies: {commands}, source {source}")
     return f"{escape(text)}. {'; '.join(sources)}".strip()

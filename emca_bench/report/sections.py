@@ -12,7 +12,7 @@ from emca_bench.report.arms import label, subject
 from emca_bench.report.costs import RULE, cost_table, costs, recommend
 from emca_bench.report.counts import CountRow
 from emca_bench.report.diagnostics import diagnostics_table
-from emca_bench.report.document import Block, Bullets, Code, Details, Document, Figure, Heading, Paragraph, Strong, Text
+from emca_bench.report.document import Block, Bullets, Code, Details, Document, Figure, Heading, Paragraph, Span, Strong, Text
 from emca_bench.report.findings import Findings, trade_offs
 from emca_bench.report.load import Run
 from emca_bench.report.mechanism import mechanism_blocks
@@ -87,7 +87,8 @@ def _conditions(found: Findings) -> list[Block]:
     rows += _said(run, "no_energy", "no energy")
     rounds = ", ".join(f"{study.name} {study.settings.rounds}" for study in run.studies if "latency" in study.measures)
     rows += [("rounds", rounds)] if rounds else []
-    rows += [("context", Code(run.context)), ("command", Code(run.environment.command))]
+    commands = run.environment.commands
+    rows += [("context", Code(run.context)), ("commands" if len(commands) > 1 else "command", _coded(commands))]
     blocks: list[Block] = [Heading(2, "Conditions"), tables.conditions_table(rows)]
     if state.get("git_dirty"):
         blocks.append(Paragraph("The source tree had uncommitted changes: these numbers belong to no commit.", "open"))
@@ -350,8 +351,8 @@ def _troubles(run: Run) -> list[Block]:
 
 def _commands(run: Run) -> list[Block]:
     blocks: list[Block] = [Heading(2, "How each row was produced")]
-    if run.environment.command:
-        blocks.append(Paragraph(("The whole run: ", Code(run.environment.command), ". A single cell:")))
+    if run.environment.commands:
+        blocks.append(Paragraph(("The whole run: ", *_coded(run.environment.commands), ". A single cell:")))
     for study in run.studies:
         table = tables.commands_table(study)
         blocks.append(Details(f"{study.name}: {numbers.plural(len(table.rows), 'cell')}", [table]))
@@ -372,6 +373,10 @@ def _common(groups: Sequence[SpeedGroup]) -> dict[str, Value]:
 def _name(key: str) -> str:
     # those in capitals are variables of the environment
     return key if key.isupper() else key.replace("_", " ")
+
+
+def _coded(commands: Sequence[str]) -> tuple[Span, ...]:
+    return tuple(span for command in commands for span in (", ", Code(command)))[1:]
 
 
 def _shown(value: object) -> str:

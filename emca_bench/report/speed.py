@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from emca_bench import stats
-from emca_bench.report.load import Result, ResultStatus, Run, point
+from emca_bench.report.load import Moment, Result, ResultStatus, Run, point
 from emca_bench.specs import TIMED_MODEL_SCOPES, Cell, Study, Value, parse_size
 from emca_bench.stats import Mean, Ratio
 
@@ -21,8 +21,8 @@ class SpeedRow:
     cell: Cell
     status: ResultStatus
     reason: str
-    rounds_ms: Mapping[int, float]
-    """Median latency of a call, by round."""
+    rounds_ms: Mapping[Moment, float]
+    """Median latency of a call, by session and round."""
     latency_ms: Mean | None
     """Geometric mean of the round medians."""
     speedups: Mapping[str, Ratio]
@@ -144,7 +144,7 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> SpeedGroup:
                 reason=result.reason,
                 rounds_ms=rounds,
                 latency_ms=stats.geometric_mean(rounds) if rounds else None,
-                speedups={name: stats.paired_ratio(rival, rounds) for name, rival in rivals.items() if set(rival) & set(rounds)},
+                speedups={name: ratio for name, rival in rivals.items() if (ratio := stats.latency_ratio(rival, rounds))},
                 macs=_value(run.find(cell, "macs"), "macs"),
                 peak_memory_bytes=_value(run.find(cell, "memory"), "peak_memory_bytes"),
                 energy_j=_mean([record.values.get("energy_per_image_j") for record in result.done.values()]),

@@ -37,7 +37,7 @@ def summary(found: Findings) -> dict[str, Any]:
         "schema": SUMMARY_SCHEMA,
         "context": run.context,
         "quick": run.quick,
-        "command": run.environment.command,
+        "command": " && ".join(run.environment.commands),
         "identity": dict(run.environment.identity),
         "answer": answer(found),
         "measurements": {status: sum(result.status == status for result in run.results.values()) for status in statuses},

@@ -71,7 +71,7 @@ def attention_table(group: SpeedGroup) -> Table:
         backend = [Value(backends(row) or NOTHING)] if mixed else []
         rows.append([pixels, arm(row.arm), number(row.macs, numbers.gmacs), latency(row), *speedups(group, row), memory, *backend])
     begins = frozenset(index for index in range(1, len(ordered)) if ordered[index].pixels != ordered[index - 1].pixels)
-    return Table(columns, rows, breaks=begins)
+    return Table(columns, rows, not_interleaved([group]), breaks=begins)
 
 
 def speed_table(groups: Sequence[SpeedGroup]) -> Table:
@@ -93,7 +93,7 @@ def speed_table(groups: Sequence[SpeedGroup]) -> Table:
             rate = number(row.frames_per_second, numbers.significant)
             energy = [number(row.energy_j, numbers.significant)] if metered else []
             rows.append([*place, arm(row.arm), latency(row), rate, *speedups(group, row), *energy])
-    return Table(columns, rows, breaks=_starts(group.rows for group in groups))
+    return Table(columns, rows, not_interleaved(groups), breaks=_starts(group.rows for group in groups))
 
 
 def bounds_table(groups: Sequence[SpeedGroup]) -> Table | None:
@@ -282,7 +282,8 @@ def command(study: Study, cell: Cell) -> str:
     conditions = {"arm": cell.arm.name, **{name: cell.params[name] for name, values in study.axes.items() if len(values) > 1}}
     overridden = set(cell.arm.overrides)
     chosen = [f"--only {shlex.quote(f'{name}={value}')}" for name, value in conditions.items() if name not in overridden]
-    return " ".join(["emca-bench run", study.name.removesuffix(COST_SUFFIX), *(["--quick"] if study.quick else []), *chosen])
+    device = ["--device cuda"] if cell.params.get("device") == "cuda" else []
+    return " ".join(["emca-bench run", study.name.removesuffix(COST_SUFFIX), *(["--quick"] if study.quick else []), *chosen, *device])
 
 
 def _starts(groups: Iterable[Sequence[object]]) -> frozenset[int]:
@@ -352,6 +353,12 @@ def backends(row: SpeedRow) -> str:
 def speedup_columns(group: SpeedGroup) -> list[Column]:
     """Two per baseline of the study: ratio and verdict."""
     return [column for name in group.study.baselines for column in (Column(f"vs {name}", "right"), Column("Verdict"))]
+
+
+def not_interleaved(groups: Iterable[SpeedGroup]) -> str:
+    """What the dagger of a ratio means, where there is one."""
+    apart = any(not ratio.interleaved for group in groups for row in group.rows for ratio in row.speedups.values())
+    return f"{numbers.APART} {numbers.NOT_INTERLEAVED}" if apart else ""
 
 
 def speedups(group: SpeedGroup, row: SpeedRow) -> list[Value]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from emca_bench import stats
 from emca_bench.report import numbers
-from emca_bench.report.load import Result, Run, distinct_cells
+from emca_bench.report.load import Moment, Result, Run, distinct_cells
 from emca_bench.specs import TIMED_MODEL_SCOPES, Cell, Study, Target
 from emca_bench.stats import MIN_ROUNDS, Mean, Ratio
 
@@ -41,7 +41,7 @@ class Judged:
     against: str | None
     measured: str
     """With its interval; empty where nothing was measured."""
-    found: Mean | None
+    found: Mean | Ratio | None
     conditions: str
     verdict: TargetVerdict
     reason: str
@@ -99,12 +99,14 @@ def _row(study: Study, target: Target, against: str | None, ours: Result, theirs
     found = _measure(target, ours, theirs)
     if found is None:
         return _judged(study, target, against, where, None, "not run", _missing(ours, theirs))
-    verdict, reason = _judge(target, found)
+    apart = isinstance(found, Ratio) and not found.interleaved
+    judged: tuple[TargetVerdict, str] = ("undecided", numbers.NOT_INTERLEAVED) if apart else _judge(target, found)
+    verdict, reason = judged
     why = _served(ours) + _profile(ours) if verdict == "missed" else _profile(ours) if verdict == "undecided" else ""
     return _judged(study, target, against, where, found, verdict, reason + why)
 
 
-def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | None:
+def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | Ratio | None:
     if target.metric == "extra_memory":
         return _extra_memory(ours)
     assert theirs is not None
@@ -112,8 +114,6 @@ def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | None
         peaks = [result.values.get("peak_memory_bytes") for result in (ours, theirs)]
         return Mean(peaks[0] / peaks[1], None, None, 1) if peaks[0] is not None and peaks[1] else None
     mine, rival = ours.latency_ms, theirs.latency_ms
-    if not set(mine) & set(rival):
-        return None
     if target.metric == "overhead_us":
         return stats.paired_difference(_times(mine, 1e3), _times(rival, 1e3))
     if target.metric in WORK:
@@ -122,11 +122,10 @@ def _measure(target: Target, ours: Result, theirs: Result | None) -> Mean | None
         if not work[0] or not work[1]:
             return None
         mine, rival = _times(mine, 1 / work[0]), _times(rival, 1 / work[1])
-    ratio: Ratio = stats.paired_ratio(rival, mine)
-    return Mean(ratio.estimate, ratio.low, ratio.high, ratio.rounds)
+    return stats.latency_ratio(rival, mine)
 
 
-def _times(rounds: Mapping[int, float], factor: float) -> dict[int, float]:
+def _times(rounds: Mapping[Moment, float], factor: float) -> dict[Moment, float]:
     return {index: factor * value for index, value in rounds.items()}
 
 
@@ -140,12 +139,13 @@ def _extra_memory(ours: Result) -> Mean | None:
     return Mean((peak - gradients) / matrix, None, None, 1)
 
 
-def _judge(target: Target, found: Mean) -> tuple[TargetVerdict, str]:
+def _judge(target: Target, found: Mean | Ratio) -> tuple[TargetVerdict, str]:
     """Met or missed needs the whole interval on one side of the bound; a count has no interval and needs none."""
     counted = target.metric in COUNTED
     low, high = (found.estimate, found.estimate) if counted else (found.low, found.high)
-    if low is None or high is None or (not counted and found.count < MIN_ROUNDS):
-        return "undecided", f"Too few rounds: {found.count} of at least {MIN_ROUNDS}."
+    rounds = found.rounds if isinstance(found, Ratio) else found.count
+    if low is None or high is None or (not counted and rounds < MIN_ROUNDS):
+        return "undecided", f"Too few rounds: {rounds} of at least {MIN_ROUNDS}."
     what = "count" if counted else "whole interval"
     if target.at_least is not None:
         bound, worst, best, sides = target.at_least, low, high, ("at or above", "below")
@@ -160,7 +160,7 @@ def _judge(target: Target, found: Mean) -> tuple[TargetVerdict, str]:
 
 
 def _judged(
-    study: Study, target: Target, against: str | None, where: str, found: Mean | None, verdict: TargetVerdict, reason: str
+    study: Study, target: Target, against: str | None, where: str, found: Mean | Ratio | None, verdict: TargetVerdict, reason: str
 ) -> Judged:
     measured = "" if found is None else _shown(target.metric, found)
     return Judged(
@@ -191,9 +191,9 @@ def _profile(result: Result) -> str:
     return f" Its time: {parts}."
 
 
-def _shown(metric: str, found: Mean) -> str:
-    if metric == "speedup":
-        return numbers.ratio(Ratio(found.estimate, found.low, found.high, found.count))
+def _shown(metric: str, found: Mean | Ratio) -> str:
+    if metric == "speedup" and isinstance(found, Ratio):
+        return numbers.ratio(found)
     if metric in WORK:
         scaled = [None if bound is None else 100 * bound for bound in (found.low, found.high)]
         return f"{100 * found.estimate:.1f} % {numbers.interval(scaled[0], scaled[1], 1)}".strip()

@@ -184,8 +184,8 @@ def test_records_of_another_context_are_counted(small_study: Path):
 def test_memory_that_runs_out_beside_others_suggests_fewer(small_study: Path):
     task = runner.plan(load_studies(small_study))[0]
     full = {"status": "failed", "reason": "OutOfMemoryError: emca: out of memory at step 1; try batch = 2"}
-    assert runner._record(task, full, "here", 4).reason == full["reason"] + "; or fewer cells at once than --jobs 4"
-    assert runner._record(task, full, "here", 1).reason == full["reason"]
+    assert runner._record(task, full, runner.Origin("here", ""), 4).reason == full["reason"] + "; or fewer cells at once than --jobs 4"
+    assert runner._record(task, full, runner.Origin("here", ""), 1).reason == full["reason"]
 
 
 def test_a_process_that_cannot_start_is_said(tmp_path: Path):

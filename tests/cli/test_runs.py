@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from emca_bench.errors import UsageError
 from emca_bench.records import read_records
 from emca_bench.runner import WORKER_LOG, plan
 from emca_bench.specs import load_studies
-from emca_bench.workers import Worker
+from emca_bench.workers import Worker, Workers
 
 
 def start(study: Path, folder: Path) -> subprocess.Popen[str]:
@@ -108,6 +109,39 @@ def test_part_of_a_study_completes_the_whole_later(cli, small_study: Path, tmp_p
     assert "not run" in (folder / "report.md").read_text()
     assert cli("run", small_study, "--out", folder).returncode == 0
     assert_complete(small_study, folder)
+    # what came first was not interleaved with what came later
+    records = read_records(folder / "records.jsonl")
+    sessions = {(record.arm, record.params["pixels"]): record.session for record in records}
+    assert len({record.session for record in records}) == 2
+    assert sessions["emca", "8x8"] != sessions["masked", "8x8"] == sessions["masked", "4x4"]
+
+
+def test_the_report_is_of_what_was_asked_for_and_names_what_measured_it(cli, small_study: Path, tmp_path: Path):
+    """Two threads, one, and two again, which measures nothing."""
+    folder = tmp_path / "run"
+
+    def run(threads: int, *more: str) -> str:
+        ended = cli("run", small_study, "--out", folder, "--threads", threads, "--only", "pixels=4x4", *more)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stderr
+
+    def current() -> dict:
+        environment = json.loads((folder / "environment.json").read_text())
+        return environment["environments"][environment["current"]]
+
+    run(2, "--only", "arm=emca")
+    run(2)
+    both, started = current()["commands"], current()["state"]
+    command = "emca-bench run small --only pixels=4x4"
+    assert both == [f"{command} --only arm=emca --threads 2", f"{command} --threads 2"]
+    run(1)
+    assert current()["identity"]["threads"] == 1
+    assert "| threads | 1 |" in (folder / "report.md").read_text()
+    assert "measured 0" in run(2)
+    assert (current()["identity"]["threads"], current()["commands"], current()["state"]) == (2, both, started)
+    report = (folder / "report.md").read_text()
+    assert "| threads | 2 |" in report
+    assert f"| commands | `{both[0]}`, `{both[1]}` |" in report
 
 
 def test_failed_and_impossible_cells_are_rows_and_are_tried_again(cli, tmp_path: Path):
@@ -146,6 +180,11 @@ batch = -1
     assert status["broken"][0] == "failed"
     report = (folder / "report.md").read_text()
     assert "K=17 prototypes from P=16 pixels" in report
+    before = (folder / "environment.json").read_bytes()
+    part = cli("run", study, "--out", folder, "--only", "arm=many")
+    assert "measured 0, already there 0, impossible 1, failed 0" in part.stderr
+    # an answer that is there already is no measurement
+    assert (folder / "environment.json").read_bytes() == before
     second = cli("run", study, "--out", folder)
     assert second.returncode == 1
     assert "measured 0, already there 1, impossible 1, failed 1" in second.stderr
@@ -206,6 +245,20 @@ def test_a_measuring_process_that_dies_costs_one_cell(small_study: Path, tmp_pat
         worker.stop()
 
 
+def test_a_process_that_finds_other_conditions_is_not_used(small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As after an edit of the source: the record would name conditions under which it was not measured."""
+    with Workers(2, tmp_path / WORKER_LOG, threads=1, device="cpu") as workers:
+        workers.start(patient=True)
+        assert workers.first.ask(request(small_study))["status"] == "ok"
+        monkeypatch.setenv("EMCA_BACKEND", "reference")
+        words = "conditions changed under it: EMCA_BACKEND was None and is reference. What was measured before is kept"
+        with pytest.raises(UsageError, match=words):
+            list(workers.answers([request(small_study)] * 2, at_once=2))
+        workers.first.stop()
+        with pytest.raises(UsageError, match=words):
+            workers.first.ask(request(small_study))
+
+
 def test_records_hold_no_names_of_this_machine(cli, small_study: Path, tmp_path: Path):
     folder = tmp_path / "run"
     assert cli("run", small_study, "--out", folder, "--only", "pixels=4x4").returncode == 0
@@ -236,6 +289,11 @@ def test_plan_shows_what_is_done_and_how_long_the_rest_takes(cli, small_study: P
     assert cli("run", small_study, "--out", folder, "--only", "arm=emca").returncode == 0
     after = cli("plan", small_study, "--out", folder)
     assert "24 measurements, 12 done" in after.stdout
+    # what was measured under other conditions would be measured again
+    for arguments, variables in ((["--threads", 1000], {}), ([], {"EMCA_BACKEND": "reference"})):
+        other = cli("plan", small_study, "--out", folder, *arguments, **variables)
+        assert "24 measurements, 0 done" in other.stdout
+    assert "threads 0: expected at least 1" in cli("plan", small_study, "--threads", 0).stderr
 
 
 def test_report_check_tells_a_report_that_was_edited(cli, small_study: Path, tmp_path: Path):

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from emca_bench.records import RecordWriter
+
 
 def record(folder: Path) -> dict:
     [line] = (folder / "records.jsonl").read_text().splitlines()
@@ -46,6 +48,25 @@ def record_of_state(path: Path) -> float:
     import torch
 
     return float(torch.load(path, weights_only=True)["log"]["seconds"])
+
+
+def test_what_a_run_with_other_threads_scored_is_not_trained_again(tmp_path: Path, cli, tiny_training):
+    study = tiny_training("emca", steps=2, train_images=8, test_images=2, seed=0, mask_source="features")
+    # more than there are cores, so that it is not the default anywhere
+    assert cli("run", study, "--out", "run", "--threads", (os.cpu_count() or 1) + 1).returncode == 0
+    assert cli("train", study, "--out", "run").stdout.startswith("trained: 0 cells in run")
+    assert cli("train", study, "--out", "run", EMCA_BACKEND="reference").stdout.startswith("trained: 1 cell in run")
+
+
+def test_train_waits_for_nobody_and_writes_beside_nobody(tmp_path: Path, cli, tiny_training):
+    study = tiny_training("emca", steps=2, train_images=8, test_images=2, seed=0, mask_source="features")
+    (tmp_path / "run").mkdir()
+    with RecordWriter(tmp_path / "run" / "records.jsonl"):
+        refused = cli("train", study, "--out", "run")
+    assert refused.returncode == 2
+    assert "records.jsonl is being written by another run" in refused.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert cli("train", study, "--out", "run").returncode == 0
 
 
 def test_a_killed_run_goes_on_within_its_cell(tmp_path: Path, cli, tiny_training):

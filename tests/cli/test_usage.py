@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 from PIL import Image
 
 from emca_bench.cli import build_parser, main
+from emca_bench.errors import UsageError
+from emca_bench.runner import device_of, on_device
+from emca_bench.specs import load_studies
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -38,7 +42,7 @@ def test_verbs_and_flags_are_frozen():
     assert found == {
         "ls": [],
         "validate": [],
-        "plan": study,
+        "plan": sorted([*study, "--device", "--threads"]),
         "run": sorted([*study, "--device", "--jobs", "--threads"]),
         "train": sorted([*study, "--device", "--tensorboard"]),
         "feed": ["--device", "--only", "--processes", "--quick", "--seconds"],
@@ -94,6 +98,32 @@ def test_missing_gpu(capsys: pytest.CaptureFixture[str], small_study: Path, tmp_
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "finds no CUDA device" in complaint(capsys, "run", small_study, "--out", tmp_path / "run", "--device", "cuda")
+
+
+@pytest.mark.parametrize("verb", ["run", "train", "feed"])
+def test_a_study_of_a_gpu_does_not_run_on_a_cpu_unasked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, tiny_training: Callable[..., Path]
+):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    study = tiny_training("none", batch=1, steps=1, seed=0, device="cuda")
+    folder = [] if verb == "feed" else ["--out", tmp_path / "run"]
+    assert "finds no CUDA device; expected --device cpu here" in complaint(capsys, verb, study, *folder)
+    assert not (tmp_path / "run" / "records.jsonl").exists() or not (tmp_path / "run" / "records.jsonl").read_bytes()
+
+
+def test_device_is_what_the_study_says_or_the_flag(small_study: Path):
+    [study] = load_studies(small_study)
+    assert device_of([study]) == "cpu"
+    on_gpu = replace(study, fixed={**study.fixed, "device": "cuda"})
+    # counts, which name no device, go along
+    assert device_of([on_gpu, study]) == "cuda"
+    assert {cell.params["device"] for cell in on_device([on_gpu], "cpu")[0].cells()} == {"cpu"}
+    for several in ([on_gpu, *on_device([study], "cpu")], [replace(study, axes={**study.axes, "device": ("cpu", "cuda")})]):
+        with pytest.raises(UsageError, match="name the devices cpu, cuda; a run has one: choose it with --device"):
+            device_of(several)
 
 
 def test_missing_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

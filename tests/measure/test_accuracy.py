@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from emca_bench.data import IGNORE, VOID, Sample, open_dataset
+from emca_bench.environment import source_hash
 from emca_bench.errors import UsageError
 from emca_bench.measure import accuracy, evaluation
 from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.evaluation import shown_indices
+from emca_bench.measure.training import train_cell
 from emca_bench.models import build_model, load_checkpoint
 from emca_bench.models.matcher import DivergedError
 from emca_bench.specs import Arm
@@ -225,3 +227,17 @@ def test_kept_weights_are_those_that_were_scored(tmp_path: Path):
 def test_a_recipe_that_cannot_be_used_is_named(tmp_path: Path, wrong: dict[str, str], words: str):
     with pytest.raises(UsageError, match=words):
         check_data({**PARAMS, **wrong})
+
+
+def test_a_training_does_not_go_on_under_other_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    arm, checkpoint = Arm(name="emca", attention="emca"), tmp_path / "cell.pt"
+    train_cell(arm, PARAMS, checkpoint=checkpoint)
+    # where nothing changed, what is finished trains no step
+    steps = []
+    train_cell(arm, PARAMS, checkpoint=checkpoint, on_step=lambda step, loss: steps.append(step))
+    assert steps in ([], [6])
+    source = source_hash()
+    monkeypatch.setattr("emca_bench.measure.training.source_hash", lambda: "0123456789ab")
+    words = f"cell.pt is of another configuration: source is '{source}' there and '0123456789ab' here"
+    with pytest.raises(UsageError, match=words):
+        train_cell(arm, PARAMS, checkpoint=checkpoint)

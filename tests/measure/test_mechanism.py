@@ -52,6 +52,18 @@ def test_answers_are_in_the_pixels_that_a_query_may_see(need: str, seed: int):
     assert NOISE < 1
 
 
+def test_a_task_is_learned_on_its_device():
+    """What cannot be carried out there is an error, not a number from the CPU."""
+    arm, params = Arm(name="masked", attention="masked_fused"), {**PARAMS, "need": "one", "device": "cuda"}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        assert measure_mechanism(arm, params)["values"]["explained"] > 80
+        assert torch.cuda.max_memory_allocated() > 0
+    else:
+        with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda"):
+            measure_mechanism(arm, params)
+
+
 def test_an_attention_over_the_mask_learns_all_three():
     for need in ("one", "mean", "modes"):
         assert min(explained("masked", need), explained("soft", need)) > 80, need

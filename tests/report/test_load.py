@@ -96,6 +96,16 @@ def test_a_folder_without_records_loads_as_not_run(make_run):
     assert run.count("not run") == run.count() > 0
 
 
+@pytest.mark.parametrize(
+    ("entry", "commands"),
+    [({"commands": ["a", "b"]}, ["a", "b"]), ({"command": "a"}, ["a"]), ({"command": ""}, []), ({}, [])],
+    ids=["several", "older", "older without", "none"],
+)
+def test_commands_of_a_run(make_run, synthetic, entry, commands):
+    environment = {name: value for name, value in synthetic.ENVIRONMENT.items() if name != "command"}
+    assert load_run(make_run(environment={**environment, **entry})).environment.commands == commands
+
+
 def test_environment_of_the_current_context_is_taken(make_run, synthetic):
     folder = make_run()
     data = json.loads((folder / "environment.json").read_text())
