@@ -214,6 +214,9 @@ def _speed(found: Findings, palette: dict[str, figures.Look]) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Frames per second")]
     if not found.models:
         return [*blocks, Paragraph("This run plans no latency of decoders or models.")]
+    blocks.append(
+        Paragraph("Weights are random and images are noise, the same for all arms; rows say what a call takes, not what it finds.")
+    )
     studies: dict[str, list[SpeedGroup]] = {}
     for group in found.models:
         studies.setdefault(group.study.name, []).append(group)
