@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -265,9 +266,9 @@ def prepare(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
+        # a file without a name: processes of one training try at the same time
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
     except OSError as error:
         raise UsageError(f"output folder {folder} cannot be written: {error.strerror}; choose another with --out") from None
 

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from emca_bench.records import RecordWriter
+from emca_bench.runner import prepare
 
 
 def record(folder: Path) -> dict:
@@ -100,3 +102,13 @@ def test_a_killed_run_goes_on_within_its_cell(tmp_path: Path, cli, tiny_training
     resumed = cli("run", study, "--out", "run", "--threads", "1")
     assert resumed.returncode == 0, resumed.stderr
     assert record(tmp_path / "run")["values"]["resumed_at"] == step
+
+
+def test_processes_prepare_one_folder_at_the_same_time(tmp_path: Path):
+    """As those of a training do: none sees another's trial of writing, and nothing is left of it."""
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        for trial in range(40):
+            folder = tmp_path / str(trial)
+            for outcome in [threads.submit(prepare, folder) for _ in range(8)]:
+                outcome.result()
+            assert not list(folder.iterdir())
