@@ -83,6 +83,7 @@ def measure_accuracy(
             "test_images": len(test),
             "image_size": str(params["image_size"]),
             "data": dataset.fingerprint(),
+            "train_data": trained.data,
         },
         "samples": _curve(trained.log.losses),
     }

@@ -31,6 +31,8 @@ class Trained:
     recipe: Recipe
     log: TrainingLog
     images: Samples
+    data: str
+    """Fingerprint of the training split."""
 
 
 def recipe_of(params: Mapping[str, Any]) -> Recipe:
@@ -69,7 +71,8 @@ def train_cell(
     images = training_images(params)
     recipe = recipe_of(params)
     built = {"name": params["model"], **overrides}
-    identity = {"arm": arm.name, "model": built, "data": dataset.fingerprint(), "source": source_hash()}
+    data = dataset.fingerprint()
+    identity = {"arm": arm.name, "model": built, "data": data, "source": source_hash()}
     log = train(
         model,
         images,
@@ -83,7 +86,7 @@ def train_cell(
         processes=processes,
         on_step=on_step,
     )
-    return Trained(model=model, recipe=recipe, log=log, images=images)
+    return Trained(model=model, recipe=recipe, log=log, images=images, data=data)
 
 
 def built_model(arm: Arm, params: Mapping[str, Any], *, classes: int, device: torch.device) -> tuple[Mask2Former, dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from emca_bench import stats
 from emca_bench.report.arms import arm_named
-from emca_bench.report.load import Result, Run, point
+from emca_bench.report.load import Result, Run, data_versions, point
 from emca_bench.specs import Arm, Cell, Study, Value
 from emca_bench.stats import AccuracyVerdict, Mean, Sensitivity
 
@@ -106,7 +106,9 @@ class AccuracyGroup:
     signal: Mean | None
     """Baseline minus floor, in points."""
     sensitivity: Sensitivity | None
-    """None where baseline or floor is missing."""
+    """None where baseline or floor is missing, or the images are not the same in all cells."""
+    same_images: bool
+    """Whether all finished cells saw the same files; where not, nothing is compared."""
 
     @property
     def dataset(self) -> str:
@@ -181,9 +183,11 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> AccuracyGroup:
     baseline = study.baselines[0] if study.baselines else arm_named(study.arms, "masked")
     floor = arm_named(study.arms, "none")
     judged, nothing = metrics[0].key, {metric.key: dict[int, float]() for metric in metrics}
-    signal = stats.paired_difference(seeds.get(baseline or "", nothing)[judged], seeds.get(floor or "", nothing)[judged])
+    same = len(data_versions(result for by_seed in results.values() for result in by_seed.values())) <= 1
+    rival = seeds.get(baseline or "", nothing) if same else nothing
+    signal = stats.paired_difference(rival[judged], seeds.get(floor or "", nothing)[judged])
     arms = [
-        _arm(arm, results[arm.name], seeds[arm.name], nothing if arm.name == baseline else seeds.get(baseline or "", nothing), study.margin)
+        _arm(arm, results[arm.name], seeds[arm.name], nothing if arm.name == baseline else rival, study.margin)
         for arm in study.arms
         if arm.name in results
     ]
@@ -195,6 +199,7 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> AccuracyGroup:
         floor=floor,
         signal=signal,
         sensitivity=stats.sensitivity(signal, study.margin) if signal else None,
+        same_images=same,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from emca_bench import stats
 from emca_bench.report import numbers
 from emca_bench.report.counts import by_fvcore
-from emca_bench.report.load import Result, Run, distinct_cells, point
+from emca_bench.report.load import Result, Run, data_versions, distinct_cells, point
 from emca_bench.specs import Cell, Expected, Study, Value
 from emca_bench.stats import MIN_ROUNDS, MIN_SEEDS, Mean, Ratio
 
@@ -128,24 +128,27 @@ def _miou_difference(
 ) -> Claim:
     found = stats.paired_difference(_seeds(mine), _seeds(theirs))
     missing = f"no common seed with {against}"
-    return _accuracy(study, expected, against, mine, found, lambda mean: f"{numbers.points(mean, signed=True)} mIoU", missing, neutral=0.0)
+    both = [*mine, *theirs]
+    return _accuracy(study, expected, against, both, found, lambda mean: f"{numbers.points(mean, signed=True)} mIoU", missing, neutral=0.0)
 
 
 def _accuracy(
     study: Study,
     expected: Expected,
     against: str | None,
-    mine: Sequence[Result],
+    results: Sequence[Result],
     found: Mean | None,
     show: Callable[[Mean], str],
     missing: str,
     *,
     neutral: float | None = None,
 ) -> Claim:
-    where = _conditions(mine[0])
+    where = _conditions(results[0])
     if found is None:
-        return _claim(study, expected, against, where, "not run", _missing(mine, missing))
-    here = str(mine[0].cell.params.get("dataset", ""))
+        return _claim(study, expected, against, where, "not run", _missing(results, missing))
+    if len(data_versions(results)) > 1:
+        return _claim(study, expected, against, where, "undecided", "The files of the data set changed between cells.", show(found), found)
+    here = str(results[0].cell.params.get("dataset", ""))
     if not expected.dataset or expected.dataset.casefold() != here.casefold():
         reason = f"Accuracy on {here} says nothing about {expected.dataset or 'an unstated data set'}."
         return _claim(study, expected, against, where, "not comparable", reason, show(found), found)

@@ -121,6 +121,12 @@ def distinct_cells(study: Study) -> list[Cell]:
     return list(cells.values())
 
 
+def data_versions(results: Iterable[Result]) -> set[tuple[str, str]]:
+    """Fingerprints of the training and the test images of finished accuracies: one pair, unless files changed between cells."""
+    values = [result.values for result in results if result.done]
+    return {(str(found.get("train_data", "")), str(found.get("data", ""))) for found in values}
+
+
 def point(study: Study, cell: Cell, *, without: Iterable[str] = ()) -> tuple[tuple[str, Value], ...]:
     """Where on the axes a cell stands; rivals of one comparison share it."""
     left_out = set(without)

@@ -297,6 +297,9 @@ def _metric_names(group: AccuracyGroup) -> str:
 
 def _sensitivity(group: AccuracyGroup) -> Paragraph:
     margin = f"the margin of {group.study.margin:g} {group.metric.label}"
+    if not group.same_images:
+        said = f"The files of {group.dataset} changed between the cells of this comparison, so nothing is compared: train all anew."
+        return Paragraph(said, "bad")
     if group.signal is None or group.baseline is None:
         said = "Without finished runs of both the baseline and the arm none, nothing tells whether this data set can rank cross-attentions."
         return Paragraph(said, "open")

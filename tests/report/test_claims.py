@@ -13,7 +13,7 @@ from emca_bench.specs import Expected
 def judged(make_run, synthetic):
     """The single claim row of a study that holds one expectation; latencies are `rounds` (masked) over `rounds / ratio` (emca)."""
 
-    def judge(expected, *, ratios=(), miou=None, study=None, **options):
+    def judge(expected, *, ratios=(), miou=None, study=None, images=None, **options):
         speed = expected.metric in ("speedup", "fps")
         study = study or (synthetic.fps_study() if speed else synthetic.accuracy_study())
         axes = {"scope": ("end_to_end",), "image_size": ("256x256",)} if speed else {"dataset": ("camvid",), "seed": tuple(range(3))}
@@ -28,7 +28,9 @@ def judged(make_run, synthetic):
             if record.measure == "accuracy" and miou is not None:
                 found = miou[record.arm]
                 seed = record.params["seed"]
-                return replace(record, values={**record.values, "miou": found[seed]}) if seed < len(found) else None
+                if seed >= len(found):
+                    return None
+                return replace(record, values={**record.values, "miou": found[seed], "data": (images or {}).get(record.arm, "same")})
             return record
 
         rows = claims(load_run(make_run([study], artifacts=False, change=change, **options)))
@@ -114,6 +116,15 @@ def test_accuracy_on_another_data_set_is_not_comparable(judged):
     row = judged(accuracy("miou", dataset="ade20k"), miou=SEEDS)
     assert row.verdict == "not comparable"
     assert row.reason == "Accuracy on camvid says nothing about ade20k."
+
+
+def test_a_difference_between_other_images_is_no_verdict(judged):
+    claim = accuracy("miou_difference", dataset="camvid", value=1.0, against=("masked",))
+    miou = {**SEEDS, "emca": [61.1, 61.1, 60.8]}
+    assert judged(claim, miou=miou, images={"none": "other"}).verdict == "reproduced"
+    row = judged(claim, miou=miou, images={"masked": "other"})
+    assert row.verdict == "undecided"
+    assert row.reason == "The files of the data set changed between cells."
 
 
 def test_one_seed_is_never_a_verdict(judged):

@@ -66,6 +66,25 @@ def group_of(make_run, synthetic):
     return make
 
 
+@pytest.mark.parametrize("changed", ["data", "train_data"])
+def test_nothing_is_compared_where_the_images_changed(make_run, synthetic, changed: str):
+    """The last seed of one arm was trained or tested on other files; its row is shown, no verdict is."""
+    study = studies(synthetic)[0]
+    scored = with_numbers(SCORES, MS)
+
+    def change(record: Record) -> Record:
+        version = "old" if record.arm == "emca" and record.params["seed"] == 2 else "new"
+        return replace(scored(record), values={**scored(record).values, "data": "same", "train_data": "same", changed: version})
+
+    folder = make_run([study], change=change)
+    [group] = accuracy_groups(load_run(folder))
+    assert group.sensitivity is None
+    assert [entry.verdict for entry in group.arms] == [None] * len(group.arms)
+    assert len(group.measured) == len(group.arms)
+    assert recommend(group, {}).arm is None
+    assert "The files of scenes changed between the cells of this comparison" in render(folder, folder).markdown_path.read_text()
+
+
 def test_every_arm_stands_beside_its_own_cost(group_of):
     group, rows, _ = group_of()
     assert set(rows) == set(SCORES)
