@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from emca_bench.report import numbers
 from emca_bench.report.accuracy import AccuracyGroup
-from emca_bench.report.arms import label, subject
+from emca_bench.report.arms import arm_named, label, subject
 from emca_bench.report.claims import Verdict
 from emca_bench.report.counts import CountRow
 from emca_bench.report.findings import Findings
 from emca_bench.report.numbers import TIMES
 from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, free_attention_bound, largest
 from emca_bench.report.targets import TargetVerdict
-from emca_bench.specs import Study
+from emca_bench.specs import Study, parse_size
 from emca_bench.stats import speed_verdict
 
 
@@ -64,9 +64,10 @@ def _comparisons(row: SpeedRow, study: Study) -> str:
 def _model(found: Findings) -> str:
     for scope in ("end_to_end", "model", "decoder"):
         groups = [group for group in found.models if group.shared.get("scope") == scope and group.rows]
-        # the first model that a study names is what the run is about; of its sizes the largest
+        # the first model that a study names is what the run is about: of its groups with EMCA, that of the largest images
         about = groups[0].rows[0].cell.params["model"] if groups else None
-        for group in reversed([group for group in groups if group.rows[0].cell.params["model"] == about]):
+        groups = [group for group in groups if group.rows[0].cell.params["model"] == about]
+        for group in sorted(groups, key=_weight, reverse=True):
             row = next((row for row in group.rows if row.arm == subject(group.study) and row.speedups), None)
             if row is None:
                 continue
@@ -77,6 +78,12 @@ def _model(found: Findings) -> str:
             limit = f" Leaving cross-attention out altogether gives {limits}: what changes nothing else cannot gain more." if limits else ""
             return f"{where}: {label(row.arm)} runs {_comparisons(row, group.study)}.{limit}"
     return ""
+
+
+def _weight(group: SpeedGroup) -> tuple[bool, int]:
+    """Of groups with EMCA more than of others, then of large images."""
+    height, width = parse_size(str(group.rows[0].cell.params["image_size"]))
+    return arm_named(group.study.arms, "emca") is not None, height * width
 
 
 def _bound(rows: Sequence[CountRow]) -> str:

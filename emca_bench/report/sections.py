@@ -225,7 +225,9 @@ def _speed(found: Findings, palette: dict[str, figures.Look]) -> list[Block]:
         if any(row.latency_ms for group in groups for row in group.rows):
             reference = groups[0].study.baselines[0] if groups[0].study.baselines else ""
             numbers_of = f" Numbers: speedup over {label(reference)}." if reference else ""
-            caption = f"Latency with 95 % interval, batch included; dashed: the arm without cross-attention.{numbers_of}"
+            floor = any(row.cell.arm.attention == "none" for group in groups for row in group.rows)
+            dashed = "; dashed: the arm without cross-attention" if floor else ""
+            caption = f"Latency with 95 % interval, batch included{dashed}.{numbers_of}"
             blocks.append(
                 Figure(f"speed-{name}", "Latency by scope and arm", caption, figures.files(figures.latency_by_scope(groups, palette)))
             )

@@ -18,7 +18,7 @@ from emca_bench.report.readme import updated_readme
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 REFERENCE = ROOT / "reports" / "reference"
-SPEED, ACCURACY = REFERENCE / "cpu-amd-epyc-2-cores-speed", REFERENCE / "cpu-amd-epyc-2-cores-accuracy"
+SPEED, ACCURACY = REFERENCE / "cpu-amd-epyc-2-cores-speed", REFERENCE / "cpu-amd-epyc-2-cores-facade"
 
 
 def blocks(language: str) -> list[str]:

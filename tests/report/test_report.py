@@ -325,3 +325,15 @@ def test_both_counters_stand_side_by_side_where_both_were_recorded(make_run, syn
 
 def test_without_fvcore_s_count_there_is_no_table_of_it(make_run, synthetic):
     assert "fvcore" not in render(make_run([synthetic.flops_study()])).markdown_path.read_text()
+
+
+def test_the_first_paragraph_is_about_emca_on_the_largest_images(make_run, synthetic):
+    """Whatever studies come before or after, smaller images and rivals without EMCA are not what a run is about."""
+    fps = replace(synthetic.fps_study(), expected=())
+    large = replace(fps, name="large", axes={"scope": ("end_to_end",), "image_size": ("1024x2048",)})
+    rivals = [arm for arm in fps.arms if arm.attention != "emca"]
+    without = replace(fps, name="without", arms=tuple(rivals), axes={"scope": ("end_to_end",), "image_size": ("1024x2048",)})
+    folder = make_run([large, fps, without])
+    render(folder, folder)
+    said = (folder / "report.md").read_text().split("\n")[2]
+    assert "End to end (mask2former_lite0, 1024×2048): EMCA (folded) runs at " in said
