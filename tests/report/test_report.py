@@ -16,6 +16,7 @@ from PIL import Image
 import emca_bench
 from emca_bench.errors import UsageError
 from emca_bench.report.build import render
+from emca_bench.report.numbers import TIMES
 
 SECTIONS = [
     "Conditions",
@@ -336,4 +337,4 @@ def test_the_first_paragraph_is_about_emca_on_the_largest_images(make_run, synth
     folder = make_run([large, fps, without])
     render(folder, folder)
     said = (folder / "report.md").read_text().split("\n")[2]
-    assert "End to end (mask2former_lite0, 1024×2048): EMCA (folded) runs at " in said
+    assert f"End to end (mask2former_lite0, 1024{TIMES}2048): EMCA (folded) runs at " in said
