@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from emca_bench.report import numbers
 from emca_bench.report.accuracy import AccuracyGroup
@@ -14,7 +14,7 @@ from emca_bench.report.findings import Findings
 from emca_bench.report.numbers import TIMES
 from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, free_attention_bound, largest
 from emca_bench.report.targets import TargetVerdict
-from emca_bench.specs import Study, parse_size
+from emca_bench.specs import Study
 from emca_bench.stats import speed_verdict
 
 
@@ -50,12 +50,18 @@ def _attention(group: SpeedGroup) -> str:
     passed = [
         f"{label(baseline)} at about {pixels:.0f}" for baseline, pixels in crossings if pixels and row.speedups[baseline].estimate > 1
     ]
-    return text + (f", and passes {' and '.join(passed)} pixels." if passed else ".")
+    return text + (f", and passes {_sentence(passed)} pixels." if passed else ".")
+
+
+def _sentence(parts: Iterable[str]) -> str:
+    """`a, b and c`."""
+    words = list(parts)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _comparisons(row: SpeedRow, study: Study) -> str:
     """`at 1.13× [1.11, 1.16] the speed of masked (fused) (faster)` for each baseline; a quick run has no verdicts."""
-    return " and ".join(
+    return _sentence(
         f"at {numbers.ratio(ratio)} the speed of {label(name)}" + ("" if study.quick else f" ({speed_verdict(ratio)})")
         for name, ratio in row.speedups.items()
     )
@@ -74,7 +80,7 @@ def _model(found: Findings) -> str:
             params = row.cell.params
             where = f"{numbers.SCOPE_NAMES[scope].capitalize()} ({params['model']}, {numbers.size(params['image_size'])})"
             bounds = [(base, free_attention_bound(group, base)) for base in group.study.baselines]
-            limits = " and ".join(f"{bound.estimate:.2f}{TIMES} over {label(base)}" for base, bound in bounds if bound)
+            limits = _sentence(f"{bound.estimate:.2f}{TIMES} over {label(base)}" for base, bound in bounds if bound)
             limit = f" Leaving cross-attention out altogether gives {limits}: what changes nothing else cannot gain more." if limits else ""
             return f"{where}: {label(row.arm)} runs {_comparisons(row, group.study)}.{limit}"
     return ""
@@ -82,8 +88,7 @@ def _model(found: Findings) -> str:
 
 def _weight(group: SpeedGroup) -> tuple[bool, int]:
     """Of groups with EMCA more than of others, then of large images."""
-    height, width = parse_size(str(group.rows[0].cell.params["image_size"]))
-    return arm_named(group.study.arms, "emca") is not None, height * width
+    return arm_named(group.study.arms, "emca") is not None, group.rows[0].pixels
 
 
 def _bound(rows: Sequence[CountRow]) -> str:

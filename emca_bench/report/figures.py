@@ -26,7 +26,7 @@ from emca_bench.report.arms import in_reading_order, label
 from emca_bench.report.counts import CountRow, component_label, components_of
 from emca_bench.report.findings import TradeOff
 from emca_bench.report.placement import Box, place
-from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing
+from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, first_baseline, without_attention
 from emca_bench.stats import Mean
 
 DPI = 200
@@ -248,16 +248,9 @@ def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look],
     ax = figure.subplots()
     costs, qualities = [entry.latency_ms.estimate for entry in entries], [entry.score.estimate for entry in entries]
     front = stats.pareto_front(costs, qualities)
-    ax.step(
-        [costs[i] for i in front],
-        [qualities[i] for i in front],
-        where="post",
-        color="#999999",
-        lw=1,
-        ls="--",
-        zorder=1,
-        label="Pareto front of the means",
-    )
+    if len(front) > 1:
+        steps = [costs[i] for i in front], [qualities[i] for i in front]
+        ax.step(*steps, where="post", color="#999999", lw=1, ls="--", zorder=1, label="Pareto front of the means")
     for entry in entries:
         look = palette[entry.arm]
         errors: dict[str, Any] = {"xerr": _error(entry.latency_ms), "yerr": _error(entry.score)}
@@ -271,7 +264,8 @@ def accuracy_over_latency(entries: Sequence[TradeOff], palette: dict[str, Look],
     ax.set_xlabel(cost)
     ax.set_ylabel(f"{metric} (points)")
     ax.set_title(title)
-    figure.legend(loc="outside lower right", frameon=False)
+    if len(front) > 1:
+        figure.legend(loc="outside lower right", frameon=False)
     settle(figure)
     _point_labels(figure, ax, entries, palette)
     return figure
@@ -302,13 +296,19 @@ def _panels(figure: Figure, arms: Sequence[Sequence[str]], *, columns: int, extr
     return list(grid.ravel()[: len(arms)])
 
 
-def _frame(ax: Axes, axis: str, low: float, high: float) -> None:
-    """Keep an axis that reaches beyond `high` within what the means need: two rounds may give intervals a thousand times as wide."""
+def _frame(ax: Axes, axis: str, low: float, high: float) -> bool:
+    """Keep an axis that reaches beyond `high` within what the means need: two rounds may give intervals a thousand times as wide.
+
+    Returns:
+        Whether the frame was narrowed, and says so at its lower edge.
+    """
     first, last = getattr(ax, f"get_{axis}lim")()
-    if last > high:
-        getattr(ax, f"set_{axis}lim")(max(first, low), high)
-        said = "some intervals go on beyond the frame"
-        ax.annotate(said, (0.99, 0.01), xycoords="axes fraction", ha="right", va="bottom", fontsize=6, color="#666666")
+    if last <= high:
+        return False
+    getattr(ax, f"set_{axis}lim")(max(first, low), high)
+    said = "some intervals go on beyond the frame"
+    ax.annotate(said, (0.99, 0.01), xycoords="axes fraction", ha="right", va="bottom", fontsize=6, color="#666666")
+    return True
 
 
 def settle(figure: Figure) -> None:
@@ -417,15 +417,15 @@ def _bars_panel(ax: Axes, group: Sequence[CountRow], components: Sequence[str]) 
 
 def _scope_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], titled: Sequence[str]) -> None:
     rows = [row for row in group.rows if row.latency_ms is not None]
-    reference = group.study.baselines[0] if group.study.baselines else None
-    bare = next((row.latency_ms for row in rows if row.cell.arm.attention == "none"), None)
-    if bare is not None:
-        ax.axvline(bare.estimate, color="#56B4E9", ls="--", lw=1, zorder=1)
+    against = first_baseline(group)
+    bare = without_attention(group)
+    if bare is not None and bare.latency_ms is not None:
+        ax.axvline(bare.latency_ms.estimate, color="#56B4E9", ls="--", lw=1, zorder=1)
     for height, row in enumerate(rows):
         look, mean = palette[row.arm], row.latency_ms
         assert mean is not None
         ax.errorbar(mean.estimate, height, xerr=_error(mean), color=look.color, marker=look.marker, ms=5, capsize=2, lw=1.2)
-        ratio = row.speedups.get(reference) if reference else None
+        ratio = row.speedups.get(against) if against else None
         if ratio is not None:
             ax.annotate(
                 f"{ratio.estimate:.2f}{numbers.TIMES}",
@@ -438,13 +438,15 @@ def _scope_panel(ax: Axes, group: SpeedGroup, palette: dict[str, Look], titled: 
             )
     ax.margins(x=0.12)
     means = [row.latency_ms.estimate for row in rows if row.latency_ms]
-    _frame(ax, "x", -0.1 * max(means), 2.5 * max(means))
+    if _frame(ax, "x", -0.1 * max(means), 2.5 * max(means)):
+        # room below the last row for what the frame says
+        ax.set_ylim(len(rows), ax.get_ylim()[1])
     params = rows[0].cell.params
     words = [
         numbers.size(params[name]) if name == "image_size" else numbers.SCOPE_NAMES.get(str(params[name]), params[name]) for name in titled
     ]
     ax.set_title(", ".join(map(str, words)))
-    if reference:
+    if against:
         ax.annotate("speedup", (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=6.5, color="#666666", annotation_clip=False)
     ax.set_xlabel("latency (ms per call)")
 

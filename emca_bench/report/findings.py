@@ -69,7 +69,7 @@ def trade_offs(found: Findings, group: AccuracyGroup) -> tuple[str, list[TradeOf
         return f"latency in ms ({numbers.SCOPE_NAMES[str(params['scope'])]}, {numbers.size(params['image_size'])} images)", joined
     for scope in ("model", "end_to_end", "decoder"):
         same = [g for g in found.models if g.shared.get("scope") == scope and g.shared.get("model") == group.shared.get("model")]
-        same.sort(key=lambda g: _area(str(g.shared.get("image_size", "0x0"))), reverse=True)
+        same.sort(key=lambda g: max(row.pixels for row in g.rows), reverse=True)
         for candidate in same:
             joined = _join(group, {row.arm: row for row in candidate.rows})
             if len(joined) > 1:
@@ -97,8 +97,3 @@ def _join(group: AccuracyGroup, rows: dict[str, SpeedRow], *, same_study: bool =
         ):
             joined.append(TradeOff(arm=entry.name, latency_ms=row.latency_ms, score=entry.score))
     return joined
-
-
-def _area(size: str) -> int:
-    height, width = size.split("x")
-    return int(height) * int(width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from emca_bench.specs import Value
+from emca_bench.specs import Value, parse_size
 from emca_bench.stats import Mean, Ratio
 
 NOTHING = "—"
@@ -86,6 +86,12 @@ def duration(seconds: float) -> str:
 def size(text: Value) -> str:
     """`64x128` with a multiplication sign."""
     return str(text).replace("x", TIMES)
+
+
+def area(text: Value) -> int:
+    """Pixels of a size: 8192 of `64x128`."""
+    height, width = parse_size(str(text))
+    return height * width
 
 
 def plural(count: int, noun: str) -> str:

@@ -20,7 +20,7 @@ from emca_bench.report.method import method_notes
 from emca_bench.report.operators import operator_blocks, target_blocks
 from emca_bench.report.overlays import overlay
 from emca_bench.report.segment_overlays import segment_overlay
-from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, largest
+from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, first_baseline, largest, without_attention
 from emca_bench.specs import Value
 from emca_bench.stats import speed_verdict
 
@@ -223,10 +223,10 @@ def _speed(found: Findings, palette: dict[str, figures.Look]) -> list[Block]:
     for name, groups in studies.items():
         blocks += _titled(groups[0].study.question, _common(groups), len(studies) > 1)
         if any(row.latency_ms for group in groups for row in group.rows):
-            reference = groups[0].study.baselines[0] if groups[0].study.baselines else ""
-            numbers_of = f" Numbers: speedup over {label(reference)}." if reference else ""
-            floor = any(row.cell.arm.attention == "none" for group in groups for row in group.rows)
-            dashed = "; dashed: the arm without cross-attention" if floor else ""
+            used = set(map(first_baseline, groups))
+            against = [label(name) for name in groups[0].study.baselines if name in used]
+            numbers_of = f" Numbers: speedup over {', or where it is missing over '.join(against)}." if against else ""
+            dashed = "; dashed: the arm without cross-attention" if any(map(without_attention, groups)) else ""
             caption = f"Latency with 95 % interval, batch included{dashed}.{numbers_of}"
             blocks.append(
                 Figure(f"speed-{name}", "Latency by scope and arm", caption, figures.files(figures.latency_by_scope(groups, palette)))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from emca_bench import stats
 from emca_bench.report.load import Moment, Result, ResultStatus, Run, point
-from emca_bench.specs import TIMED_MODEL_SCOPES, Cell, Study, Value, parse_size
+from emca_bench.report.numbers import area
+from emca_bench.specs import TIMED_MODEL_SCOPES, Cell, Study, Value
 from emca_bench.stats import Mean, Ratio
 
 KERNEL_SCOPES = ("kernel",)
@@ -45,9 +46,9 @@ class SpeedRow:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the feature level (scopes kernel and attention)."""
-        height, width = parse_size(str(self.cell.params["pixels"]))
-        return height * width
+        """Pixels of the feature level (scopes kernel and attention), or of an image."""
+        params = self.cell.params
+        return area(params["pixels"] if "pixels" in params else params["image_size"])
 
     @property
     def frames_per_second(self) -> float | None:
@@ -92,6 +93,16 @@ def attention_groups(run: Run) -> list[SpeedGroup]:
 def model_groups(run: Run) -> list[SpeedGroup]:
     """Decoder, model and end to end: one group per point of the axes."""
     return _groups(run, TIMED_MODEL_SCOPES, swept=None)
+
+
+def first_baseline(group: SpeedGroup) -> str | None:
+    """The first baseline of the study that has a latency here: not every rival can do everything."""
+    return next((name for name in group.study.baselines if group.measured(name)), None)
+
+
+def without_attention(group: SpeedGroup) -> SpeedRow | None:
+    """The measured row of the first arm that has no cross-attention."""
+    return next((row for row in group.rows if row.cell.arm.attention == "none" and row.latency_ms), None)
 
 
 def free_attention_bound(group: SpeedGroup, baseline: str) -> Ratio | None:

@@ -306,7 +306,7 @@ def _where(name: str, params: Mapping[str, object]) -> Value:
     if value is None:
         return EMPTY
     if name == "image_size":
-        return Value(numbers.size(str(value)), sort=_area(value))
+        return Value(numbers.size(str(value)), sort=numbers.area(str(value)))
     if name == "model":
         return Value(Code(str(value)), sort=str(value))
     return Value(numbers.SCOPE_NAMES.get(str(value), str(value)), sort=value if isinstance(value, (int, float)) else str(value))
@@ -325,11 +325,6 @@ def _count_conditions(row: CountRow) -> Value:
 def _operators(macs: Mapping[str, int]) -> Value:
     """Operators with their multiply-adds in 1e9."""
     return Value(", ".join(f"{name} {numbers.gmacs(count)}" for name, count in sorted(macs.items())) or "nothing")
-
-
-def _area(size: object) -> float:
-    height, width = str(size).split("x")
-    return float(height) * float(width)
 
 
 def number(value: float | None, show: object) -> Value:

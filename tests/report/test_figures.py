@@ -8,8 +8,12 @@ import pytest
 
 from emca_bench.records import Record
 from emca_bench.report import figures
+from emca_bench.report.build import render
+from emca_bench.report.findings import TradeOff
 from emca_bench.report.load import load_run
+from emca_bench.report.numbers import TIMES
 from emca_bench.report.speed import model_groups
+from emca_bench.stats import Mean
 
 
 def disturbed(record: Record) -> Record:
@@ -36,3 +40,35 @@ def test_an_interval_without_end_does_not_hide_the_means(make_run, synthetic, wi
         if wide:
             assert high <= 2.5 * max(means)
             assert low >= -0.1 * max(means)
+            assert ax.get_ylim()[0] >= len(means), "what the frame says stands below the last row"
+
+
+@pytest.mark.parametrize(("scores", "drawn"), [([60.0, 50.0], False), ([50.0, 60.0], True)], ids=["one best", "a front"])
+def test_a_front_is_named_where_it_is_drawn(scores: list[float], drawn: bool) -> None:
+    """An arm that is fastest and best is the whole front: no line, and no word of one."""
+    arms = ("emca", "masked")
+    entries = [
+        TradeOff(arm=arm, latency_ms=Mean(ms, ms - 1, ms + 1, 3), score=Mean(score, score - 1, score + 1, 3))
+        for arm, ms, score in zip(arms, (5.0, 10.0), scores, strict=True)
+    ]
+    with figures.style():
+        figure = figures.accuracy_over_latency(entries, figures.looks(arms), cost="ms", metric="mIoU", title="scenes")
+    assert bool(figure.legends) == drawn
+
+
+def test_a_panel_without_the_first_baseline_compares_with_the_next(make_run, synthetic) -> None:
+    """As Hugging Face's model, which has no decoder of its own: the numbers are over what is there, and the caption says so."""
+
+    def change(record: Record) -> Record | None:
+        return None if record.arm == "masked" and record.params["scope"] == "decoder" else record
+
+    folder = make_run([synthetic.fps_study()], change=change)
+    groups = model_groups(load_run(folder))
+    with figures.style():
+        panels = figures.latency_by_scope(groups, figures.looks(name for group in groups for name in group.arms)).axes
+    for ax, group in zip(panels, groups, strict=True):
+        expected = "masked_fused" if group.shared["scope"] == "decoder" else "masked"
+        ratios = [row.speedups[expected].estimate for row in group.rows if row.latency_ms and row.arm != expected]
+        assert [text.get_text() for text in ax.texts if text.get_text() != "speedup"] == [f"{ratio:.2f}{TIMES}" for ratio in ratios]
+    said = render(folder, folder).markdown_path.read_text()
+    assert "Numbers: speedup over masked (as published), or where it is missing over masked (fused)." in said
