@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +116,11 @@ class _Told(TorchDataset[Batch | UsageError]):
             return error
 
 
+def _leave_at_once(worker: int) -> None:
+    """Make a loader process end without Python's clean-up, which kills the thread that hands batches over: inside torch that aborts the process."""
+    atexit.register(os._exit, 0)
+
+
 def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
     """Batches from a step on, made in this process or ahead of time in `workers` others: the same either way.
 
@@ -131,6 +138,7 @@ def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
         prefetch_factor=PREFETCHED,
         # a fork of a process with threads of torch may hang; a child of a fork server would outlive a parent that is killed
         multiprocessing_context="spawn",
+        worker_init_fn=_leave_at_once,
     )
     for batch in loader:
         if isinstance(batch, UsageError):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from emca_bench.data.targets import Targets
 from emca_bench.errors import UsageError
@@ -96,6 +97,9 @@ def test_gradients_agree_with_differences() -> None:
 def test_it_trains_what_chooses_and_falls(attention: str, switches: dict[str, Any]) -> None:
     """On two images, one of them without a segment: W_Q and W_K get a gradient, and a small step against it lessens the loss as it says."""
     model = make_model(attention, **switches).double()
+    # mask logits are 0, so that every layer has pixels in and out of a segment to choose from
+    for parameter in model.sem_seg_head.predictor.mask_embed.layers[-1].parameters():
+        nn.init.zeros_(parameter)
     images = 255 * torch.rand(2, 3, 64, 96, dtype=torch.float64)
     masks = torch.zeros(2, 64, 96, dtype=torch.bool)
     masks[0, :40, :60], masks[1, 40:, 30:] = True, True
@@ -118,7 +122,6 @@ def test_it_trains_what_chooses_and_falls(attention: str, switches: dict[str, An
             assert weight.grad.isfinite().all()
             assert weight.grad.any()
     squares = sum(float(parameter.grad.square().sum()) for parameter in parameters if parameter.grad is not None)
-    # so small that no mask flips on the way
     step = 1e-7 / squares
     with torch.no_grad():
         for parameter in parameters:

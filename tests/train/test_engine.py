@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +265,28 @@ def test_a_broken_image_is_named_in_one_sentence(run: Run, scenes: list[Sample],
         run(Broken(scenes), steps=6, workers=workers, on_step=lambda step, loss: steps.append(step))
     assert str(caught.value) == "cannot decode broken.jpg (10 bytes): image file is truncated; expected a whole image file"
     assert len(steps) < 3
+
+
+class Busy(Broken):
+    """As Broken, read by a process of which a thread is inside torch whenever it ends."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == len(self) - 1:
+            for _ in range(8):
+                threading.Thread(target=self.share, daemon=True).start()
+        return super().__getitem__(index)
+
+    def share(self) -> None:
+        while True:
+            pickle.dumps(torch.ones(1000).share_memory_())
+
+
+@pytest.mark.usefixtures("importable_tests")
+def test_loader_processes_end_without_a_word(run: Run, scenes: list[Sample], capfd: pytest.CaptureFixture[str]):
+    with pytest.raises(UsageError, match=r"broken\.jpg"):
+        run(Busy(scenes), steps=6, workers=2)
+    gc.collect()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_checkpoint_that_not_all_processes_find_is_refused(tmp_path: Path, run: Run, scenes: list[Sample]):
