@@ -117,7 +117,7 @@ class _Told(TorchDataset[Batch | UsageError]):
 
 
 def _leave_at_once(worker: int) -> None:
-    """Make a loader process end without Python's clean-up, which kills the thread that hands batches over: inside torch that aborts the process."""
+    """Have a loader process end without Python's clean-up, which stops the thread that hands batches over: inside torch, that aborts."""
     atexit.register(os._exit, 0)
 
 

@@ -193,3 +193,15 @@ def test_a_process_that_cannot_start_is_said(tmp_path: Path):
     worker._command = [sys.executable, "-c", "raise SystemExit(3)"]
     with pytest.raises(UsageError, match="did not start; its last words are in"):
         worker.start(patient=True)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_memory_is_kept_where_a_process_trains_and_as_the_user_has_it_where_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patient: bool
+):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    worker = Worker(tmp_path / "log", threads=1, device="cpu")
+    answer = "{'kind': 'ready', 'identity': {}, 'found': os.environ['MALLOC_MMAP_MAX_']}"
+    worker._command = [sys.executable, "-c", f"import json, os; print(json.dumps({answer}))"]
+    assert worker.start(patient=patient)["found"] == ("0" if patient else "7")
+    worker.stop()
