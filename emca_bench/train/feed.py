@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ Samples = Sequence[Sample] | Dataset
 
 PREFETCHED = 4
 """Batches that each loader process has ready at most."""
+
+EXPECTED_OF_A_CLASS = "expected a class of a module that can be imported, or loader_workers = 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +109,37 @@ class Steps(TorchDataset[Batch]):
 
 
 class _Told(TorchDataset[Batch | UsageError]):
-    """Steps for loader processes: what is wrong with an image is handed over, since torch wraps what is raised in a traceback."""
+    """Steps of a file for loader processes: what is wrong is handed over, since torch wraps what is raised in a traceback.
 
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
+    The file keeps small what starts a process: of one that cannot read all of it, Python would wait for ever.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self._steps: Steps | None = None
 
     def __getitem__(self, step: int) -> Batch | UsageError:
         try:
-            return self.steps[step]
+            if self._steps is None:
+                self._steps = _unpickled(self.file)
+            return self._steps[step]
         except UsageError as error:
             return error
+
+
+def _pickled(steps: Steps) -> bytes:
+    try:
+        return pickle.dumps(steps)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UsageError(f"loader processes cannot be handed the data set ({error}); {EXPECTED_OF_A_CLASS}") from error
+
+
+def _unpickled(file: str) -> Steps:
+    try:
+        steps: Steps = pickle.loads(Path(file).read_bytes())
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"a loader process cannot import the data set's class ({error}); {EXPECTED_OF_A_CLASS}") from error
+    return steps
 
 
 def _leave_at_once(worker: int) -> None:
@@ -125,22 +151,25 @@ def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
     """Batches from a step on, made in this process or ahead of time in `workers` others: the same either way.
 
     Raises:
-        UsageError: an image that cannot be used, when its batch is due.
+        UsageError: an image that cannot be used, when its batch is due; a data set that other processes cannot have.
     """
     if workers == 0:
         yield from (steps[step] for step in range(start, len(steps)))
         return
-    loader = DataLoader(
-        _Told(steps),
-        batch_size=None,
-        sampler=range(start, len(steps)),
-        num_workers=workers,
-        prefetch_factor=PREFETCHED,
-        # a fork of a process with threads of torch may hang; a child of a fork server would outlive a parent that is killed
-        multiprocessing_context="spawn",
-        worker_init_fn=_leave_at_once,
-    )
-    for batch in loader:
-        if isinstance(batch, UsageError):
-            raise batch
-        yield batch
+    with tempfile.NamedTemporaryFile(prefix="emca-bench-") as file:
+        file.write(_pickled(steps))
+        file.flush()
+        loader = DataLoader(
+            _Told(file.name),
+            batch_size=None,
+            sampler=range(start, len(steps)),
+            num_workers=workers,
+            prefetch_factor=PREFETCHED,
+            # a fork of a process with threads of torch may hang; a child of a fork server would outlive a parent that is killed
+            multiprocessing_context="spawn",
+            worker_init_fn=_leave_at_once,
+        )
+        for batch in loader:
+            if isinstance(batch, UsageError):
+                raise batch
+            yield batch

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from emca_bench.models import build_model
 from emca_bench.models.criterion import Criterion
 from emca_bench.models.matcher import DivergedError
 from emca_bench.train import Files, train
-from emca_bench.train.feed import Steps, pack
+from emca_bench.train.feed import Steps, feed, pack
 from emca_bench.train.loop import step_seed
 from emca_bench.train.recipe import Recipe, freeze_norms
 from emca_bench.train.trouble import OutOfMemoryError
@@ -287,6 +288,25 @@ def test_loader_processes_end_without_a_word(run: Run, scenes: list[Sample], cap
         run(Busy(scenes), steps=6, workers=2)
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_a_class_that_loader_processes_cannot_import_is_said(monkeypatch: pytest.MonkeyPatch, scenes: list[Sample]):
+    """As in a notebook; the images are more than a pipe holds."""
+    nowhere = ModuleType("nowhere")
+    monkeypatch.setitem(sys.modules, "nowhere", nowhere)
+    lost = nowhere.Lost = type("Lost", (Broken,), {"__module__": "nowhere"})
+    assert len(pickle.dumps(scenes)) > 2**16
+    batches = feed(Steps(lost(scenes), Recipe(steps=2, batch=2, crop=(64, 64)), "panoptic"), start=0, workers=1)
+    with pytest.raises(UsageError, match=r"cannot import the data set's class \(No module named 'nowhere'\); expected a class of"):
+        next(batches)
+
+
+def test_a_data_set_that_cannot_be_handed_over_is_said(scenes: list[Sample]):
+    samples = Broken(scenes)
+    samples.key = lambda: None
+    batches = feed(Steps(samples, Recipe(steps=2, batch=2, crop=(64, 64)), "panoptic"), start=0, workers=1)
+    with pytest.raises(UsageError, match=r"loader processes cannot be handed the data set \(.*lambda.*loader_workers = 0"):
+        next(batches)
 
 
 def test_a_checkpoint_that_not_all_processes_find_is_refused(tmp_path: Path, run: Run, scenes: list[Sample]):
