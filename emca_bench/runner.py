@@ -7,7 +7,7 @@ import json
 import random
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,8 +138,7 @@ def run(
             workers.first.ask(_request(task, folder, do="check"))
         write_atomically(folder / LOCK, dump_lock(whole))
         _note_environment(folder / ENVIRONMENT, environment, command, measured=False)
-        for partial in (folder / CHECKPOINTS).glob("*.partial"):
-            partial.unlink()
+        _tidy_checkpoints(folder, {task.key for task in tasks} - {task.key for task in todo})
         at_once = {measure: 1 if measure in ALONE else jobs for measure in MEASURES}
         with Progress([(task.measure, task.key) for task in todo], at_once=at_once) as progress:
             if elsewhere := measured_elsewhere(todo, done):
@@ -156,6 +155,12 @@ def run(
                 if record.status == "ok":
                     checkpoint_path(folder, record.key).unlink(missing_ok=True)
     return outcome
+
+
+def _tidy_checkpoints(folder: Path, finished: Iterable[str]) -> None:
+    """Remove what a kill left: halves of files, and states of trainings whose record was written just before."""
+    for path in [*(folder / CHECKPOINTS).glob("*.partial"), *(checkpoint_path(folder, key) for key in finished)]:
+        path.unlink(missing_ok=True)
 
 
 def threads_of_each(jobs: int) -> int:

@@ -208,13 +208,22 @@ class Workers:
             if not busy:
                 return
             heard: list[Any] = wait(list[Any](busy))
+            wrong = None
             for worker in heard:
-                for message in worker.receive():
+                try:
+                    messages = worker.receive()
+                except UsageError as error:
+                    # the results of the others that were heard come first
+                    wrong = wrong or error
+                    continue
+                for message in messages:
                     number = busy[worker]
                     if message["kind"] == "result":
                         del busy[worker]
                         idle.append(worker)
                     yield number, message
+            if wrong is not None:
+                raise wrong
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,12 @@ def seed() -> int:
     print(f"EMCA_TEST_SEED={chosen}")
     torch.manual_seed(chosen)
     return chosen
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """Numpy's numbers from the same seed."""
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture(autouse=True)

@@ -46,14 +46,14 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
             jobs=arguments.jobs,
             command=_portable(arguments),
         )
+        print(
+            f"measured {outcome.measured}, already there {outcome.skipped}, impossible {outcome.impossible}, failed {outcome.failed}",
+            file=sys.stderr,
+        )
+        render_report(folder, folder)
     except KeyboardInterrupt:
         print(f"\ninterrupted; every finished measurement is in {folder}. To resume: {command}", file=sys.stderr)
         return INTERRUPTED
-    print(
-        f"measured {outcome.measured}, already there {outcome.skipped}, impossible {outcome.impossible}, failed {outcome.failed}",
-        file=sys.stderr,
-    )
-    render_report(folder, folder)
     return FAILED if outcome.failed else OK
 
 

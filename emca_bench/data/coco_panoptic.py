@@ -42,7 +42,7 @@ class CocoPanoptic(Dataset):
         annotations: the JSON file, with "images", "annotations" and "categories".
         images: the folder of images.
         maps: the folder of PNGs; None for the JSON file's name without its suffix.
-        classes: names, kinds and colours in the order of their indices; None to take the categories as the file lists them.
+        classes: names, kinds and colours in the order of their indices; None to take the categories of the file, by id.
         image_file: path below `images` of an entry of "images"; its "file_name" by default.
 
     Raises:

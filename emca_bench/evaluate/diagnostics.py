@@ -29,7 +29,7 @@ from emca_bench.models.predictions import Predictions
 MATCHING_POINTS = 4096
 """Points at which predictions and truth are compared; fixed by a seed of their own."""
 
-Segments = npt.NDArray[np.int64]
+SegmentNumbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ class Diagnostics:
                 before = self._layer(layer, call, target, own[layer], own[layer + 1], before)
         self._layers = max(self._layers, len(watched.calls))
 
-    def _layer(self, layer: int, call: Call, target: Targets, own: Segments, after: Segments, before: Places | None) -> Places | None:
+    def _layer(
+        self, layer: int, call: Call, target: Targets, own: SegmentNumbers, after: SegmentNumbers, before: Places | None
+    ) -> Places | None:
         """Note one call; returns where its prototypes are."""
         matched = own >= 0
         allowed_QP = call.allowed[0]
@@ -164,7 +166,7 @@ NAMES = (
 )
 
 
-def own_segments(predictions: Predictions, target: Targets) -> Segments:
+def own_segments(predictions: Predictions, target: Targets) -> SegmentNumbers:
     """The segment that each query of one image is matched to, int64 [Q], -1 for none."""
     own = np.full(predictions.class_logits.shape[1], -1, dtype=np.int64)
     if len(target.labels):

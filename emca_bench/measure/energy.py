@@ -70,11 +70,11 @@ def find_meter(device: str, *, powercap: Path = POWERCAP) -> tuple[Meter | None,
 
 
 def _package_meter(powercap: Path) -> tuple[Meter | None, str | None]:
-    # intel-rapl:0 is a package, on AMD too; intel-rapl:0:0 a part of it
-    folders = sorted(path for path in powercap.glob("*-rapl:*") if path.name.count(":") == 1)
-    if not folders:
-        return None, "the system shows no energy counters of its processor packages"
     try:
+        # named package-0, on AMD too; others are parts of one, or the platform around all
+        folders = sorted(path for path in powercap.glob("*-rapl:*") if (path / "name").read_text().startswith("package"))
+        if not folders:
+            return None, "the system shows no energy counters of its processor packages"
         meter = PackageMeter(folders)
         meter.read()
     except (OSError, ValueError) as error:

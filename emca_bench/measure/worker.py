@@ -32,6 +32,7 @@ from emca_bench.measure.mechanism import measure_mechanism
 from emca_bench.measure.memory import peak_memory_bytes
 from emca_bench.measure.subjects import Subject, build_subject, check_arm
 from emca_bench.specs import MODEL_SCOPES, Arm, Settings, canonical_json
+from emca_bench.train.state import CheckpointWriteError
 
 PROGRESS_SECONDS = 0.5
 """Least time between two progress messages."""
@@ -73,7 +74,8 @@ def serve(requests: IO[str], answer: Answer, *, threads: int, device: str) -> No
             answer({"kind": "result", "status": "ok", "duration_s": time.perf_counter() - started, **result})
         except (ImpossibleError, RefusedError) as error:
             answer({"kind": "result", "status": "impossible", "reason": str(error), "duration_s": time.perf_counter() - started})
-        except UsageError as error:
+        except (UsageError, CheckpointWriteError) as error:
+            # with a full disk the next cell would train a minute for nothing
             answer({"kind": "usage", "message": str(error)})
         except BrokenPipeError:
             raise

@@ -30,10 +30,12 @@ class Processes:
         self.rank, self.count, self.device = 0, 1, torch.device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             try:
-                from accelerate import Accelerator
+                from accelerate import Accelerator, DistributedDataParallelKwargs
             except ImportError:
                 raise UsageError("training in several processes needs accelerate: pip install 'emca-bench[train]'") from None
-            self._accelerator = Accelerator(cpu=device == "cpu")
+            # not every arm trains all parameters of the decoder
+            partly = DistributedDataParallelKwargs(find_unused_parameters=True)
+            self._accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[partly])
             self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
             self.device = self._accelerator.device
 
@@ -43,11 +45,13 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients that are means over the processes; batch norms on CUDA see the joint batch."""
+        """The model with gradients that are means over the processes; batch norms on CUDA see the joint batch. One model at a time."""
         if self._accelerator is None:
             return model
+        # it would keep the models of all trainings before
+        self._accelerator.free_memory()
         if self.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = with_joint_norms(model)
         return cast(nn.Module, self._accelerator.prepare_model(model))
 
     def mean(self, value: Tensor) -> Tensor:
@@ -63,3 +67,12 @@ class Processes:
         """Leave the group, as the last thing."""
         if self._accelerator is not None:
             self._accelerator.end_training()
+
+
+def with_joint_norms(model: nn.Module) -> nn.Module:
+    """The model with batch norms that see the batches of all processes; timm's keep the activation that is part of them."""
+    try:
+        from timm.layers import convert_sync_batchnorm
+    except ImportError:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return cast(nn.Module, convert_sync_batchnorm(model))

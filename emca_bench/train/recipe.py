@@ -14,7 +14,9 @@ from emca_bench.data import Augmentation
 from emca_bench.errors import UsageError, did_you_mean, listing
 from emca_bench.models.mask2former import Mask2Former
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+EMBEDDINGS = ("relative_position_bias_table", "absolute_pos_embed")
+"""Parameters of Swin that are embeddings without being an `nn.Embedding`."""
 
 SCHEDULES = ("cosine", "poly")
 PRECISIONS = ("float32", "bfloat16")
@@ -133,10 +135,10 @@ def make_optimizer(model: Mask2Former, recipe: Recipe, *, pretrained_backbone: b
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             multiplier = recipe.backbone_multiplier if pretrained_backbone and id(parameter) in backbone else 1.0
-            decay = 0.0 if isinstance(module, (*NORMS, nn.Embedding)) else recipe.weight_decay
+            decay = 0.0 if isinstance(module, (*NORMS, nn.Embedding)) or name in EMBEDDINGS else recipe.weight_decay
             groups.setdefault((multiplier * recipe.learning_rate, decay), []).append(parameter)
     return torch.optim.AdamW([{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +10,6 @@ import pytest
 from emca_bench.data import IGNORE, VOID, Augmentation, Sample, Scenes, Segment
 from emca_bench.data import augment as A
 from emca_bench.errors import UsageError
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def labelled_by_colour(rng: np.random.Generator, size: tuple[int, int]) -> Sample:

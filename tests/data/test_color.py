@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import colorsys
-import secrets
 
 import numpy as np
 import pytest
 
 from emca_bench.data import color as C
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def picture(rng: np.random.Generator, size: tuple[int, int] = (37, 23)) -> C.Image:

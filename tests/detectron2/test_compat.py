@@ -12,8 +12,8 @@ from emca_bench.integrations.detectron2.compat import provide_in1d, read_labels
 
 
 @pytest.mark.parametrize("dtype", [None, int, np.uint8])
-def test_labels_are_read_writable_in_the_wanted_dtype(dtype: object, tmp_path: Path):
-    labels = np.random.default_rng().integers(0, 256, (5, 7), dtype=np.uint8)
+def test_labels_are_read_writable_in_the_wanted_dtype(dtype: object, tmp_path: Path, rng: np.random.Generator):
+    labels = rng.integers(0, 256, (5, 7), dtype=np.uint8)
     Image.fromarray(labels).save(tmp_path / "labels.png")
     found = read_labels(str(tmp_path / "labels.png"), dtype=dtype)
     assert np.array_equal(found, labels)

@@ -35,9 +35,8 @@ def plain(read: Any, *augmentations: Any, divisibility: int = -1, constrained: b
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> dict[str, Any]:
+def record(tmp_path: Path, rng: np.random.Generator) -> dict[str, Any]:
     """A random image of 40x56 with blocks of 8 as segments, all of them with ids above 256, one of them a crowd."""
-    rng = np.random.default_rng()
     blocks = np.kron(np.arange(1, 36).reshape(5, 7), np.ones((8, 8), dtype=np.int64))
     ids = 300 * blocks
     classes = (blocks % 9).astype(np.uint8)
@@ -55,8 +54,8 @@ def record(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_planes_hold_every_id_of_24_bits():
-    ids = np.random.default_rng().integers(0, 2**24, (7, 9))
+def test_planes_hold_every_id_of_24_bits(rng: np.random.Generator):
+    ids = rng.integers(0, 2**24, (7, 9))
     assert np.array_equal(join_planes(split_planes(ids)), ids)
 
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from PIL import Image
 from emca_bench.data import IGNORE, VOID, Sample, open_dataset
 from emca_bench.environment import source_hash
 from emca_bench.errors import UsageError
-from emca_bench.measure import accuracy, evaluation
+from emca_bench.measure import accuracy, evaluation, worker
 from emca_bench.measure.accuracy import check_data, measure_accuracy
 from emca_bench.measure.evaluation import shown_indices
 from emca_bench.measure.training import train_cell
@@ -241,3 +245,19 @@ def test_a_training_does_not_go_on_under_other_source(tmp_path: Path, monkeypatc
     words = f"cell.pt is of another configuration: source is '{source}' there and '0123456789ab' here"
     with pytest.raises(UsageError, match=words):
         train_cell(arm, PARAMS, checkpoint=checkpoint)
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every other cell would train in vain."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("emca_bench.train.state.write_atomically", full)
+    monkeypatch.setenv("EMCA_CHECKPOINT_SECONDS", "0")
+    request = {"do": "accuracy", "arm": asdict(Arm(name="emca", attention="emca")), "params": PARAMS, "key": "cell"}
+    request |= {"artifacts": str(tmp_path), "checkpoint": str(tmp_path / "cell.pt")}
+    answers: list[dict[str, Any]] = []
+    worker.serve(io.StringIO(json.dumps(request) + "\n"), answers.append, threads=torch.get_num_threads(), device="cpu")
+    assert answers[-1]["kind"] == "usage"
+    assert re.search(r"checkpoint cell.pt of step 1 cannot be written: No space left on device; there is none yet", answers[-1]["message"])

@@ -17,8 +17,14 @@ RANGE = 1_000_000
 
 @pytest.fixture
 def powercap(tmp_path: Path) -> Path:
-    for name, counted in (("intel-rapl:0", 100), ("intel-rapl:1", RANGE - 50), ("intel-rapl:0:0", 7)):
+    for name, kind, counted in (
+        ("intel-rapl:0", "package-0", 100),
+        ("intel-rapl:1", "package-1", RANGE - 50),
+        ("intel-rapl:0:0", "core", 7),
+        ("intel-rapl:2", "psys", 50),
+    ):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{kind}\n")
         (tmp_path / name / "energy_uj").write_text(f"{counted}\n")
         (tmp_path / name / "max_energy_range_uj").write_text(f"{RANGE}\n")
     return tmp_path
@@ -30,7 +36,7 @@ def test_packages_are_summed_up_and_counters_may_start_anew(powercap: Path) -> N
     assert why_not is None
 
     def call() -> None:
-        for name, uj in (("intel-rapl:0", 1000), ("intel-rapl:1", 200), ("intel-rapl:0:0", 500)):
+        for name, uj in (("intel-rapl:0", 1000), ("intel-rapl:1", 200), ("intel-rapl:0:0", 500), ("intel-rapl:2", 5000)):
             counter = powercap / name / "energy_uj"
             counter.write_text(str((int(counter.read_text()) + uj) % (RANGE + 1)))
 

@@ -75,7 +75,8 @@ def attend_as_torch(among: SelfAttentionLayer, located: Tensor, content: Tensor)
 @pytest.mark.parametrize("mask_source", ["logits", "features"])
 def test_a_pixel_is_blocked_where_the_resized_previous_mask_is_below_one_half(mask_source: str) -> None:
     decoder = make(Spy, mask_source=mask_source)
-    predictions = decoder(*make_inputs(), image_size=IMAGE, auxiliary=True)
+    # so many that no layer's masks are all open or all closed
+    predictions = decoder(*make_inputs(8), image_size=IMAGE, auxiliary=True)
     for index, (spy, earlier) in enumerate(zip(spies(decoder), predictions.auxiliary, strict=True)):
         level = LEVELS[index % 3]
         logits = F.interpolate(earlier.mask_logits, size=level, mode="bilinear", align_corners=False)

@@ -48,9 +48,8 @@ def test_paired_ratio_refuses_what_has_no_ratio(a, b, match):
         stats.paired_ratio(a, b)
 
 
-def test_quotient_of_geometric_means_is_the_paired_estimate():
-    random = np.random.default_rng()
-    a, b = (dict(enumerate(random.lognormal(size=5))) for _ in range(2))
+def test_quotient_of_geometric_means_is_the_paired_estimate(rng: np.random.Generator):
+    a, b = (dict(enumerate(rng.lognormal(size=5))) for _ in range(2))
     quotient = stats.geometric_mean(a).estimate / stats.geometric_mean(b).estimate
     assert stats.paired_ratio(a, b).estimate == pytest.approx(quotient)
 

@@ -20,18 +20,20 @@ def test_rate_rises_then_falls_to_zero():
     assert rates[100] == pytest.approx(0.0)
 
 
-def test_every_parameter_is_trained_once_with_its_rate_and_decay():
-    model = build_model("mask2former_tiny", num_classes=3)
+@pytest.mark.parametrize("name", ["mask2former_tiny", "mask2former_swin_tiny"])
+def test_every_parameter_is_trained_once_with_its_rate_and_decay(name: str):
+    model = build_model(name, num_classes=3, layers=1)
     recipe = Recipe(steps=10, batch=1, crop=(32, 32), learning_rate=1.0)
     optimizer = make_optimizer(model, recipe, pretrained_backbone=True)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     assert set(groups) == {id(parameter) for parameter in model.parameters()}
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        for own, parameter in module.named_parameters(recurse=False):
             group = groups[id(parameter)]
             assert group["lr"] == (0.1 if id(parameter) in backbone else 1.0)
-            assert (group["weight_decay"] == 0) == isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding))
+            free = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding)) or own == "relative_position_bias_table"
+            assert (group["weight_decay"] == 0) == free
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"points": 0}, {"learning_rate": 0.0}])

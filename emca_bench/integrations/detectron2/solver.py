@@ -12,12 +12,9 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from emca_bench.errors import UsageError, listing
+from emca_bench.train.recipe import EMBEDDINGS, NORMS
 
 __all__ = ["build_lr_scheduler", "build_optimizer"]
-
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-EMBEDDINGS = ("relative_position_bias_table", "absolute_pos_embed")
-"""Parameters of Swin that are embeddings without being an `nn.Embedding`."""
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from emca_bench.errors import UsageError, did_you_mean
 from emca_bench.models.attention.base import CrossAttention, with_position
-from emca_bench.models.attention.prototypes import Chosen, first_pixel_if_empty, gather_mean, mask_or_full, random_pixels
+from emca_bench.models.attention.prototypes import ChosenPixels, first_pixel_if_empty, gather_mean, mask_or_full, random_pixels
 
 SELECTIONS = ("argmax", "topk_mean", "topk_softmax", "random", "mean", "softmax", "pool_and_prototype")
 SELECTION_GRADIENTS = ("none", "straight_through")
@@ -385,7 +385,9 @@ class EMCA(CrossAttention):
         return torch.einsum("bqmc,mdc->bqmd", rows_BQMC, weight_MdC).flatten(2) + self.key_projection.bias
 
     @torch.no_grad()
-    def _choose(self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int, position: Tensor | None = None) -> Chosen:
+    def _choose(
+        self, features: Tensor, queries: Tensor, allowed: Tensor | None, *, heads: int, position: Tensor | None = None
+    ) -> ChosenPixels:
         if self.selection == "random":
             indices, scores = random_pixels(mask_or_full(allowed, features, queries), heads=heads, count=self.prototypes)
         else:
@@ -393,7 +395,7 @@ class EMCA(CrossAttention):
             indices, scores = select_prototypes(features, queries, allowed, **options)
         if self.empty_mask == "first_pixel" and allowed is not None:
             indices = first_pixel_if_empty(indices, allowed)
-        return Chosen(indices, self._weights(scores.to(features.dtype)))
+        return ChosenPixels(indices, self._weights(scores.to(features.dtype)))
 
     def _weights(self, scores: Tensor) -> Tensor:
         if self.prototypes == 1:

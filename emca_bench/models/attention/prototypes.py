@@ -9,7 +9,7 @@ from emca_kernels.masks import allow_everywhere_if_empty
 from torch import Tensor
 
 
-class Chosen(NamedTuple):
+class ChosenPixels(NamedTuple):
     """Prototypes per query and head as weighted pixels."""
 
     indices_BQMK: Tensor
@@ -38,7 +38,7 @@ def first_pixel_if_empty(indices_BQMK: Tensor, allowed_BQP: Tensor) -> Tensor:
     return indices_BQMK.masked_fill(defect_BQ[..., None, None], 0)
 
 
-def gather_mean(rows_BPC: Tensor, chosen: Chosen) -> Tensor:
+def gather_mean(rows_BPC: Tensor, chosen: ChosenPixels) -> Tensor:
     """Weighted mean of the chosen rows [B, Q, M, C / M]; each head takes its slice of the channels."""
     indices_BQMK, weights_BQMK = chosen
     batch, queries, heads, kept = indices_BQMK.shape
