@@ -28,9 +28,13 @@ LABELS = {
     "emca_compiled": "EMCA (compiled)",
     "emca_onnxruntime": "EMCA (onnxruntime)",
     "emca_bf16": "EMCA (bfloat16)",
+    "emca_rawres": "EMCA (raw residual)",
+    "emca_raw": "EMCA (raw residual)",
     "emca_soft": "EMCA soft",
     "soft_feature_heads": "EMCA soft (heads)",
+    "feature_heads": "EMCA soft (8 heads)",
     "mask_pooling": "mask pooling",
+    "mask_pooling_raw": "mask pooling (raw residual)",
     "pem_ca": "PEM-CA",
     "pem_ca_published": "PEM-CA (as published)",
     "pem_ca_mended": "PEM-CA (mended)",
@@ -64,7 +68,6 @@ WORDS = {
     "ade": "ADE20K",
     "city": "Cityscapes",
     "coco": "COCO",
-    "rawres": "raw residual",
     "proj": "projected",
 }
 """Parts of arm names that are not spelled as they are pronounced."""

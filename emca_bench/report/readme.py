@@ -20,7 +20,7 @@ from emca_bench.stats import speed_verdict
 
 HEADLINE = "headline"
 """Name of the block that holds the headline table."""
-ROWS = ("masked", "masked_fused", "emca_as_written", "emca", "emca_soft", "soft_feature_heads", "mask_pooling", "none")
+ROWS = ("masked", "masked_fused", "emca_as_written", "emca", "emca_soft", "soft_feature_heads", "mask_pooling", "mask_pooling_raw", "none")
 """Arms of the headline table, in its order, where they exist."""
 
 _MARKER = re.compile(r"^<!-- emca:(begin|end) ([A-Za-z0-9_-]+) -->[ \t]*$", re.MULTILINE)
