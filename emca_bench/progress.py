@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -13,6 +14,9 @@ from typing import TextIO
 
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines within one task."""
+
+DUMB = ("dumb", "unknown")
+"""What TERM is where a terminal cannot draw, as rich has it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class Progress:
         self.total, self.done = len(tasks), 0
         self._eta = Eta(tasks, at_once)
         self._stream = stream or sys.stderr
-        self._display = _Bar(self.total, self._stream) if self._stream.isatty() else _Lines(self._stream)
+        draws = self._stream.isatty() and os.environ.get("TERM", "").lower() not in DUMB
+        self._display = _Bar(self.total, self._stream) if draws else _Lines(self._stream)
         self._running: dict[Hashable, Shown] = {}
 
     def __enter__(self) -> Progress:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         threads = runner.threads_of_each(arguments.jobs)
         print(f"{' and '.join(ALONE)} come alone, with threads = {threads} as all else here; --threads sets another", file=sys.stderr)
     # a polite kill (timeout, a batch system) leaves as Ctrl-C does: the measuring process stopped, the way to resume said
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcome = runner.run(
             part,
@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; every finished measurement is in {folder}. To resume: {command}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return FAILED if outcome.failed else OK
 
 

@@ -169,7 +169,12 @@ def feed(steps: Steps, *, start: int, workers: int) -> Iterator[Batch]:
             multiprocessing_context="spawn",
             worker_init_fn=_leave_at_once,
         )
-        for batch in loader:
-            if isinstance(batch, UsageError):
-                raise batch
-            yield batch
+        batches = iter(loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, UsageError):
+                    raise batch
+                yield batch
+        finally:
+            # its processes end before their file does
+            del batches

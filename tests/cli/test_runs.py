@@ -91,6 +91,10 @@ def test_kill_in_the_middle_loses_and_doubles_nothing(cli, small_study: Path, tm
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_keeps_records_and_says_how_to_resume(cli, small_study: Path, tmp_path: Path, kind: signal.Signals):
     folder = tmp_path / "run"
+    # long enough that it is not over when the signal comes
+    small_study.write_text(
+        small_study.read_text().replace("min_seconds = 0.0", "min_seconds = 0.1").replace("max_samples = 2", "max_samples = 99999")
+    )
     process = start(small_study, folder)
     wait_for_records(folder, 5, process)
     process.send_signal(kind)

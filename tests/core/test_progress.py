@@ -108,7 +108,16 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_bar_and_notes_that_stay():
+def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with Progress([("macs", "a")], stream=stream) as progress:
+        progress.start("macs", "a", "cell a")
+    assert stream.getvalue() == "[0/1] to go ? | cell a\n"
+
+
+def test_a_terminal_gets_a_bar_and_notes_that_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     with Progress([("macs", "a"), ("macs", "b")], stream=stream) as progress:
         for name in "ab":
@@ -122,7 +131,8 @@ def test_a_terminal_gets_a_bar_and_notes_that_stay():
     assert "failed: cell [b]: [reason]" in shown
 
 
-def test_a_terminal_gets_a_line_for_each_under_way():
+def test_a_terminal_gets_a_line_for_each_under_way(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     with Progress([("accuracy", name) for name in "abc"], at_once={"accuracy": 2}, stream=stream) as progress:
         progress.start("accuracy", "a", "cell [a]")

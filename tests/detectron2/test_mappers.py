@@ -35,8 +35,10 @@ def plain(read: Any, *augmentations: Any, divisibility: int = -1, constrained: b
 
 
 @pytest.fixture
-def record(tmp_path: Path, rng: np.random.Generator) -> dict[str, Any]:
+def record(tmp_path: Path, seed: int, rng: np.random.Generator) -> dict[str, Any]:
     """A random image of 40x56 with blocks of 8 as segments, all of them with ids above 256, one of them a crowd."""
+    # of detectron2's own draws
+    np.random.seed(seed)  # noqa: NPY002
     blocks = np.kron(np.arange(1, 36).reshape(5, 7), np.ones((8, 8), dtype=np.int64))
     ids = 300 * blocks
     classes = (blocks % 9).astype(np.uint8)
@@ -118,10 +120,10 @@ def test_crops_with_one_dominant_class_are_drawn_again(record: dict[str, Any]):
     crop = T.RandomCrop_CategoryAreaConstraint("absolute", (40, 12), 0.75, 255)
     free = T.RandomCrop_CategoryAreaConstraint("absolute", (40, 12), 1.0, 255)
     kept, unconstrained = (
-        sum(len(mapper(record)["instances"]) == 2 for _ in range(40))
+        sum(len(mapper(record)["instances"]) == 2 for _ in range(200))
         for mapper in (plain(read_semantic, crop, constrained=True), plain(read_semantic, free))
     )
-    assert kept > unconstrained + 5
+    assert kept > unconstrained + 25
 
 
 def test_annotated_instances_may_overlap(record: dict[str, Any]):

