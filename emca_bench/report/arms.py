@@ -33,6 +33,8 @@ LABELS = {
     "emca_soft": "EMCA soft",
     "soft_feature_heads": "EMCA soft (heads)",
     "feature_heads": "EMCA soft (8 heads)",
+    "key_heads_plain": "softmax (key heads)",
+    "feature_heads_plain": "softmax (feature heads)",
     "mask_pooling": "mask pooling",
     "mask_pooling_raw": "mask pooling (raw residual)",
     "pem_ca": "PEM-CA",
