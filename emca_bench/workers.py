@@ -23,7 +23,7 @@ TRAINED = ("mechanism", "accuracy")
 """Measures that train, in a patient process."""
 
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Environment of a patient process: nothing is timed there, and no number that is learned changes.
+"""Environment of a patient process: no latency is taken there, and no number that is learned changes.
 
 Idle threads sleep, which costs microseconds a step and saves a busy machine minutes. Freed memory is kept: on Linux, pages that are new in
 every step cost a fifth of it."""

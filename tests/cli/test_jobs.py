@@ -50,7 +50,8 @@ def test_two_at_once_killed_and_resumed_give_the_bits_of_one_after_the_other(cli
     call = [sys.executable, "-m", "emca_bench", *words, "--jobs", "2", "--out", str(tmp_path / "killed")]
     environment = {**os.environ, "EMCA_CHECKPOINT_SECONDS": "0"}
     running = subprocess.Popen(call, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    until(lambda: trained(tmp_path / "killed") and under_way(tmp_path / "killed"), running)
+    # the first two are done, and those under way have just begun
+    until(lambda: len(trained(tmp_path / "killed")) >= 2 and under_way(tmp_path / "killed"), running)
     running.send_signal(signal.SIGKILL)
     running.wait()
     # its children find out when they next report

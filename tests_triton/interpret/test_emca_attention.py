@@ -66,8 +66,8 @@ def assert_rows_are_right(layer: Layer, found: Attended) -> None:
     eps = torch.finfo(inputs.features.dtype).eps
     if layer.options["selection"] != "argmax":
         own = layer.chosen(inputs.features.dtype)
-        # a weight is as uncertain as its score, of which the logsumexp is the size
-        band = eps * exact.rows_BQC.abs().max() * (4 + exact.kept_BQ.abs().max())
+        # and a weight is as uncertain as its score, a float32 number of the size of the logsumexp
+        band = (4 * eps + torch.finfo(torch.float32).eps * exact.kept_BQ.abs().max()) * exact.rows_BQC.abs().max()
         assert (found.rows_BQC - exact.rows_BQC).abs().max() <= 2 * (own.rows_BQC - exact.rows_BQC).abs().max() + band
         assert found.kept_BQ.dtype == torch.float32
         return

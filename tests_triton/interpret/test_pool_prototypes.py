@@ -40,8 +40,9 @@ def test_as_exact_as_torch_in_the_same_dtype(make: Maker, dtype: torch.dtype, ma
     own, _ = computed(inputs, soft, dtype)
     assert pooled.dtype == dtype
     assert logsumexp.dtype == torch.float32
-    # a weight is as uncertain as its score, of which the logsumexp is the size
-    band = torch.finfo(dtype).eps * truth.abs().max() * (4 + true_logsumexp.abs().max())
+    # and a weight is as uncertain as its score, a float32 number of the size of the logsumexp
+    uncertain = 4 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * true_logsumexp.abs().max()
+    band = uncertain * truth.abs().max()
     assert (pooled - truth).abs().max() <= 2 * (own - truth).abs().max() + band
     torch.testing.assert_close(logsumexp.double(), true_logsumexp, rtol=1e-5, atol=1e-4)
 
