@@ -26,7 +26,7 @@ COMPILE = "compile"
 DECODER_STRIDES = (32, 16, 8)
 
 MODEL_OVERRIDES = (
-    *("queries", "width", "layers", "mask_source", "pretrained", "frozen"),
+    *("queries", "width", "layers", "mask_source", "mask_rule", "pretrained", "frozen"),
     *("attention_layers", "other_attention", "mask_use"),
 )
 """Parameters of a study that go to `build_model` as they are."""

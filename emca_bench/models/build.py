@@ -15,7 +15,7 @@ from emca_bench.models.mask_use import MaskUse
 from emca_bench.models.pixel_decoders import PIXEL_DECODERS
 from emca_bench.registry import Registry
 
-NUMBERS = ("width", "queries", "layers", "heads", "feedforward_multiple", "pre_norm", "mask_source")
+NUMBERS = ("width", "queries", "layers", "heads", "feedforward_multiple", "pre_norm", "mask_source", "mask_rule")
 """Fields of an architecture that a caller may override; so may it the options of its backbone and pixel decoder."""
 
 
@@ -32,7 +32,7 @@ class Architecture:
         layers: of the mask decoder.
         heads: of its self-attention.
         feedforward_multiple: hidden width of its feed-forward networks, in C.
-        pre_norm, mask_source: see `MaskDecoder`.
+        pre_norm, mask_source, mask_rule: see `MaskDecoder`.
         attention: registry name of the cross-attention unless the caller names another.
     """
 
@@ -48,6 +48,7 @@ class Architecture:
     feedforward_multiple: int
     pre_norm: bool = False
     mask_source: str = "logits"
+    mask_rule: str = "threshold"
     attention: str = "emca"
 
 
@@ -178,6 +179,7 @@ def build_model(
             pre_norm=architecture.pre_norm,
             pyramid_channels=pixel_decoder.pyramid_channels,
             mask_source=architecture.mask_source,
+            mask_rule=architecture.mask_rule,
         ),
     )
     use = MaskUse(mask_use)

@@ -18,6 +18,7 @@ from emca_bench.models.position import sine_position_like
 from emca_bench.models.predictions import Predictions
 
 MASK_SOURCES = ("logits", "features")
+MASK_RULES = ("threshold", "winner")
 
 LEVELS = 3
 """Strides 32, 16 and 8."""
@@ -149,6 +150,8 @@ class MaskDecoder(nn.Module):
         mask_source: where attention masks come from. "logits": mask logits at stride 4, resized, as published. "features": mask
             features resized once a level (exact rewrite R2); masks at stride 4 and classes are then computed only where they are
             returned (R5), and with auxiliary predictions, for losses, only where they are read.
+        mask_rule: which pixels a query may attend to. "threshold": those of its mask, as published. "winner": those where no other
+            query has a greater mask logit, as in a step of k-means (Yu et al., kMaX-DeepLab, ECCV 2022); those of a tie are all its.
     """
 
     def __init__(
@@ -164,13 +167,13 @@ class MaskDecoder(nn.Module):
         pre_norm: bool = False,
         pyramid_channels: int | None = None,
         mask_source: str = "logits",
+        mask_rule: str = "threshold",
     ) -> None:
         super().__init__()
-        if mask_source not in MASK_SOURCES:
-            raise UsageError(
-                f"mask_source={mask_source!r}{did_you_mean(mask_source, MASK_SOURCES)}; expected one of {', '.join(MASK_SOURCES)}"
-            )
-        self.mask_source = mask_source
+        for number, found, known in (("mask_source", mask_source, MASK_SOURCES), ("mask_rule", mask_rule, MASK_RULES)):
+            if found not in known:
+                raise UsageError(f"{number}={found!r}{did_you_mean(found, known)}; expected one of {', '.join(known)}")
+        self.mask_source, self.mask_rule = mask_source, mask_rule
         self.width = width
         self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(width, heads, pre_norm=pre_norm) for _ in range(layers))
         self.transformer_ffn_layers = nn.ModuleList(FFNLayer(width, feedforward, pre_norm=pre_norm) for _ in range(layers))
@@ -277,8 +280,16 @@ class MaskDecoder(nn.Module):
     @torch.no_grad()
     def _allowed_from_logits(self, mask_logits: Tensor, shape: tuple[int, int]) -> Tensor:
         resized = F.interpolate(mask_logits, size=shape, mode="bilinear", align_corners=False)
+        if self.mask_rule == "winner":
+            return _winners(resized.flatten(2))
         return resized.flatten(2).sigmoid() >= 0.5
 
     @torch.no_grad()
     def _allowed_from_features(self, embedding_BQE: Tensor, resized_BPE: Tensor) -> Tensor:
-        return self._mask_logits(embedding_BQE, resized_BPE) >= 0
+        logits_BQP = self._mask_logits(embedding_BQE, resized_BPE)
+        return _winners(logits_BQP) if self.mask_rule == "winner" else logits_BQP >= 0
+
+
+def _winners(logits_BQP: Tensor) -> Tensor:
+    """Where no query has a greater logit."""
+    return logits_BQP == logits_BQP.amax(1, keepdim=True)

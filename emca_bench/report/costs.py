@@ -13,7 +13,7 @@ from emca_bench.report.speed import SpeedGroup, SpeedRow
 from emca_bench.report.tables import EMPTY, arm, latency, number
 from emca_bench.specs import COST_SUFFIX
 
-SHARED = ("layers", "attention_layers", "other_attention", "mask_use", "queries", "width", "mask_source")
+SHARED = ("layers", "attention_layers", "other_attention", "mask_use", "queries", "width", "mask_source", "mask_rule")
 """Parameters that make a configuration another one; batch and classes differ by design."""
 
 NEAR = 0.02
