@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.optimize import brentq
+from scipy.special import gammaincinv, ndtr, stdtrit
 
 CONFIDENCE = 0.95
 """Coverage of every interval."""
@@ -57,6 +58,22 @@ class Mean:
     low: float | None
     high: float | None
     count: int
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A difference whose error was estimated from all arms of a study, with half the widths of two intervals."""
+
+    estimate: float
+    alone: float
+    """Of the interval of this difference."""
+    together: float
+    """Of intervals that cover all differences of the study at once."""
+    count: int
+
+    def mean(self, half: float) -> Mean:
+        """With the interval of that half width."""
+        return Mean(self.estimate, self.estimate - half, self.estimate + half, self.count)
 
 
 def round_medians(samples: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
@@ -167,6 +184,32 @@ def paired_difference(seeds_a: Mapping[Key, float], seeds_b: Mapping[Key, float]
     """Mean of a - b over the seeds that both have, with its t interval; None without a common seed."""
     common = sorted(set(seeds_a) & set(seeds_b))
     return mean_interval([seeds_a[seed] - seeds_b[seed] for seed in common]) if common else None
+
+
+def joint_differences(seeds: Mapping[str, Mapping[Key, float]], baseline: str) -> dict[str, Joint]:
+    """Every arm minus the baseline, from the seeds that all arms have; nothing from fewer than MIN_SEEDS, or without two other arms.
+
+    Arms are taken to scatter alike around the sum of an effect of the arm and one of the seed (a randomised block design), so that a few
+    seeds of many arms tell the error as many seeds of two do. Intervals are Student t, and Dunnett's for all differences at once.
+
+    Args:
+        seeds: by arm, the baseline included, values by seed.
+        baseline: one of the arms.
+
+    Raises:
+        KeyError: the baseline is none of the arms.
+    """
+    common = sorted(set.intersection(*(set(values) for values in seeds.values())) & set(seeds[baseline]))
+    names = list(seeds)
+    if len(common) < MIN_SEEDS or len(names) < 3:
+        return {}
+    table = np.array([[seeds[name][seed] for seed in common] for name in names])
+    residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    freedom = (len(names) - 1) * (len(common) - 1)
+    error = math.sqrt(2 * float((residual**2).sum()) / freedom / len(common))
+    halves = _t_quantile(freedom) * error, _dunnett_quantile(len(names) - 1, freedom) * error
+    centers = table.mean(1) - table[names.index(baseline)].mean()
+    return {name: Joint(float(center), *halves, len(common)) for name, center in zip(names, centers, strict=True) if name != baseline}
 
 
 def non_inferiority(difference: Mean, margin: float) -> AccuracyVerdict:
@@ -286,3 +329,23 @@ def _welch_half_width(a: np.ndarray, b: np.ndarray) -> float:
 
 def _t_quantile(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def _dunnett_quantile(comparisons: int, freedom: int) -> float:
+    """What all of so many differences to one baseline, divided by their common error, stay below in size, with the coverage of intervals.
+
+    Source: Dunnett, A multiple comparison procedure for comparing several treatments with a control, 1955: given the baseline's own
+    deviation and the estimated error, differences are independent, which leaves an integral over these two.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    points, shares = np.polynomial.legendre.leggauss(64)
+    # the estimated error over the true one, at quantiles
+    errors = np.sqrt(2 * gammaincinv(freedom / 2, (points + 1) / 2) / freedom)
+
+    def missing(quantile: float) -> float:
+        reach = math.sqrt(2) * quantile * errors[:, None]
+        inside = (ndtr(nodes + reach) - ndtr(nodes - reach)) ** comparisons
+        return float(shares / 2 @ inside @ weights) / math.sqrt(2 * math.pi) - CONFIDENCE
+
+    # between no correction and Bonferroni's
+    return float(brentq(missing, _t_quantile(freedom) - 0.1, float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / 2 / comparisons)) + 0.1))

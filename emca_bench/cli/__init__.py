@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
-from emca_bench.cli.common import INTERRUPTED, USAGE
+from emca_bench.cli.common import INTERRUPTED, UNREAD, USAGE
 from emca_bench.cli.parser import build_parser
 from emca_bench.errors import UsageError
 
@@ -18,12 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.verb(arguments, argv)
+        code = arguments.verb(arguments, argv)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # as `| head` leaves it: who reads has seen enough, and the interpreter shall not flush into it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

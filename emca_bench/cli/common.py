@@ -12,8 +12,8 @@ from emca_bench.errors import UsageError
 if TYPE_CHECKING:
     from emca_bench.specs import Cell, Study
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: done; a cell failed or a check did not hold; input that cannot be used; interrupted."""
+OK, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+"""Exit codes: done; a cell failed or a check did not hold; input that cannot be used; interrupted; nobody reads what is printed."""
 
 DEFAULT_RUNS = Path("reports/local")
 

@@ -1,4 +1,4 @@
-"""Figures of the report. With `roofline` the only importer of seaborn and matplotlib; the same data gives the same bytes."""
+"""Figures of the report. With `roofline` and `together` the only importer of seaborn and matplotlib; the same data gives the same bytes."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from emca_bench.report.operators import operator_blocks, target_blocks
 from emca_bench.report.overlays import overlay
 from emca_bench.report.segment_overlays import segment_overlay
 from emca_bench.report.speed import SpeedGroup, SpeedRow, crossing, first_baseline, largest, without_attention
+from emca_bench.report.together import together_blocks
 from emca_bench.specs import Value
 from emca_bench.stats import speed_verdict
 
@@ -265,6 +266,7 @@ def _accuracy_group(found: Findings, group: AccuracyGroup, palette: dict[str, fi
         )
     )
     blocks.append(table)
+    blocks += together_blocks(group, palette, name)
     rows = costs(found.models, group)
     beside = cost_table(group, rows)
     if beside is not None:

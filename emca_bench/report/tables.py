@@ -22,6 +22,7 @@ TONES: Mapping[str, Tone] = {
     "slower": "bad",
     "no difference": "muted",
     "undecided": "open",
+    "better": "good",
     "not worse": "good",
     "worse": "bad",
     "reproduced": "good",
@@ -182,13 +183,18 @@ def accuracy_table(group: AccuracyGroup) -> Table:
             Value("floor", tone="muted"),
         ]
         rows.append([*floor, number(pixels, lambda share: f"{share:.2f}"), EMPTY])
-    return Table(columns, rows, star(group))
+    return Table(columns, rows, star(group, [entry.verdict for entry in group.arms]))
 
 
-def star(group: AccuracyGroup) -> str:
-    """What the asterisk of `judged_cells` means, where there is one."""
-    starred = any(entry.verdict == "not worse" for entry in group.arms) and group.sensitivity != "can decide"
-    return "* Not shown to mean anything: leaving out the cross-attention may be not worse either." if starred else ""
+def star(group: AccuracyGroup, verdicts: Iterable[str | None]) -> str:
+    """What the asterisk of `starred` means, where one of the verdicts has it."""
+    found = "not worse" in verdicts and group.sensitivity != "can decide"
+    return "* Not shown to mean anything: leaving out the cross-attention may be not worse either." if found else ""
+
+
+def starred(group: AccuracyGroup, word: str) -> Value:
+    """A verdict on accuracy, with an asterisk where the data cannot carry it."""
+    return Value("not worse*", tone="open") if word == "not worse" and group.sensitivity != "can decide" else verdict(word)
 
 
 def class_table(group: AccuracyGroup, name: str = "class_iou", *, left_out: bool = False) -> Table:
@@ -386,9 +392,7 @@ def judged_cells(group: AccuracyGroup, entry: ArmAccuracy) -> list[Value]:
     difference = EMPTY if entry.difference is None else Value(numbers.points(entry.difference, signed=True), sort=entry.difference.estimate)
     judged = Value("baseline", tone="muted") if entry.name == group.baseline else EMPTY
     if entry.verdict is not None:
-        judged = verdict(entry.verdict)
-        if entry.verdict == "not worse" and group.sensitivity != "can decide":
-            judged = Value("not worse*", tone="open")
+        judged = starred(group, entry.verdict)
     name: Text = (Code(entry.name), " (floor)") if entry.name == group.floor else Code(entry.name)
     return [Value(name, sort=entry.name), Value(numbers.points(entry.score), sort=entry.score.estimate), seeds, difference, judged]
 

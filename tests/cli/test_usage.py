@@ -225,6 +225,16 @@ def test_light_parts_do_not_import_torch(statement: str):
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    call = [sys.executable, "-m", "emca_bench", "plan", "kernels"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as planning:
+        assert planning.stdout is not None
+        assert planning.stderr is not None
+        planning.stdout.close()
+        assert "Traceback" not in planning.stderr.read()
+    assert planning.returncode == 141
+
+
 @pytest.mark.parametrize("arguments", [["-c", "import emca_bench"], ["-m", "emca_bench", "--help"]], ids=["import", "help"])
 def test_starts_within_three_tenths_of_a_second(arguments: list[str]):
     def seconds() -> float:

@@ -86,6 +86,23 @@ def test_a_pixel_is_blocked_where_the_resized_previous_mask_is_below_one_half(ma
         assert torch.equal(spy.seen["allowed"], ~blocked.flatten(2))
 
 
+@pytest.mark.parametrize("mask_source", ["logits", "features"])
+def test_a_pixel_is_the_winners_where_the_rule_says_so(mask_source: str) -> None:
+    decoder = make(Spy, mask_source=mask_source, mask_rule="winner")
+    predictions = decoder(*make_inputs(8), image_size=IMAGE, auxiliary=True)
+    for index, (spy, earlier) in enumerate(zip(spies(decoder), predictions.auxiliary, strict=True)):
+        logits = F.interpolate(earlier.mask_logits, size=LEVELS[index % 3], mode="bilinear", align_corners=False).flatten(2)
+        assert torch.equal(spy.seen["allowed"], F.one_hot(logits.argmax(1), QUERIES).bool().mT)
+        assert not spy.seen["allowed"].requires_grad
+
+
+def test_the_winners_of_a_tie_are_all_that_tie() -> None:
+    decoder = make(Spy, layers=1, mask_source="features", mask_rule="winner")
+    nn.init.zeros_(linears(decoder.mask_embed)[-1].weight)
+    decoder(*make_inputs(), image_size=IMAGE)
+    assert spies(decoder)[0].seen["allowed"].all()
+
+
 def test_levels_come_in_turn_with_their_embedding_and_position() -> None:
     decoder = make(Spy, layers=4)
     stride4, pyramid = make_inputs()
@@ -216,6 +233,8 @@ def test_levels_of_its_own_width_are_not() -> None:
     assert not any("input_proj" in name for name in make(Spy, pyramid_channels=WIDTH).state_dict())
 
 
-def test_an_unknown_mask_source_is_an_error() -> None:
+def test_an_unknown_source_or_rule_of_masks_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"mask_source='feature' \(did you mean 'features'\?\); expected one of logits, features"):
         make(Spy, mask_source="feature")
+    with pytest.raises(UsageError, match=r"mask_rule='winers' \(did you mean 'winner'\?\); expected one of threshold, winner"):
+        make(Spy, mask_rule="winers")

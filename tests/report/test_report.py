@@ -144,7 +144,7 @@ def test_markdown_tables_are_well_formed(full_report):
 
 def test_markdown_links_only_files_that_were_written(full_report):
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (full_report / "report.md").read_text())
-    assert len(links) == len(set(links)) == 11
+    assert len(links) == len(set(links)) == 13
     assert all((full_report / link).is_file() for link in links)
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from emca_bench import stats
 from emca_bench.stats import Mean, Ratio
@@ -124,6 +125,64 @@ def test_speed_verdict(ratio, verdict):
 def test_paired_difference_uses_common_seeds_only():
     assert stats.paired_difference({0: 3.0, 1: 5.0, 9: 0.0}, {0: 1.0, 1: 3.0, 7: 50.0}) == Mean(2.0, 2.0, 2.0, 2)
     assert stats.paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def _block_design(random: np.random.Generator, arms: int, seeds: int, effects: np.ndarray) -> dict[str, dict[int, float]]:
+    """Scores of arms that scatter alike around an effect of the arm and a larger one of the seed."""
+    table = effects[:, None] + random.normal(0, 5, seeds) + random.normal(0, 1, (arms, seeds))
+    return {f"arm {index}": dict(enumerate(row)) for index, row in enumerate(table)}
+
+
+def test_joint_differences_are_those_of_least_squares(rng: np.random.Generator):
+    arms, seeds = int(rng.integers(3, 9)), int(rng.integers(2, 6))
+    scores = _block_design(rng, arms, seeds, rng.normal(size=arms))
+    design = [
+        [float(arm == i) for i in range(arms)] + [float(seed == i) for i in range(1, seeds)] for arm in range(arms) for seed in range(seeds)
+    ]
+    values = np.array([score for by_seed in scores.values() for score in by_seed.values()])
+    solution, squares, rank, _ = np.linalg.lstsq(np.array(design), values, rcond=None)
+    covariance = np.linalg.inv(np.array(design).T @ design) * squares[0] / (len(values) - rank)
+    baseline = int(rng.integers(arms))
+    found = stats.joint_differences(scores, f"arm {baseline}")
+    assert list(found) == [f"arm {index}" for index in range(arms) if index != baseline]
+    for name, joint in found.items():
+        index = int(name.removeprefix("arm "))
+        variance = covariance[index, index] + covariance[baseline, baseline] - 2 * covariance[index, baseline]
+        assert joint.estimate == pytest.approx(solution[index] - solution[baseline])
+        assert joint.alone == pytest.approx(student.ppf(0.975, len(values) - rank) * math.sqrt(variance))
+        assert joint.count == seeds
+
+
+def test_joint_intervals_cover_as_often_as_they_say():
+    random, effects, trials = np.random.default_rng(23), np.array([0.0, 1.0, -2.0, 0.0, 0.5, 3.0]), 1000
+    alone = together = 0
+    for _ in range(trials):
+        found = stats.joint_differences(_block_design(random, 6, 3, effects), "arm 0")
+        misses = [abs(joint.estimate - effects[int(name[-1])]) for name, joint in found.items()]
+        alone += sum(miss <= joint.alone for miss, joint in zip(misses, found.values(), strict=True))
+        together += all(miss <= joint.together for miss, joint in zip(misses, found.values(), strict=True))
+    assert alone / trials / 5 == pytest.approx(0.95, abs=0.02)
+    assert together / trials == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "published"),
+    [(5, [2.57, 3.03, 3.29, 3.48, 3.62, 3.73, 3.82, 3.90, 3.97]), (20, [2.09, 2.38, 2.54, 2.65, 2.73, 2.80, 2.86, 2.90, 2.95])],
+)
+def test_intervals_of_all_at_once_are_dunnetts(freedom: int, published: list[float]):
+    found = [stats._dunnett_quantile(comparisons, freedom) for comparisons in range(1, 10)]
+    assert found == pytest.approx(published, abs=0.0101)
+
+
+def test_joint_differences_use_the_seeds_that_all_arms_have():
+    scores = {"a": {0: 1.0, 1: 2.0, 2: 90.0}, "b": {0: 3.0, 1: 4.5, 3: 90.0}, "c": {1: 5.0, 0: 4.0}}
+    found = stats.joint_differences(scores, "a")
+    assert {name: (joint.estimate, joint.count) for name, joint in found.items()} == {"b": (2.25, 2), "c": (3.0, 2)}
+
+
+@pytest.mark.parametrize("scores", [{"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}}, {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0}, "c": {0: 1.0}}])
+def test_two_arms_or_one_common_seed_have_no_joint_differences(scores):
+    assert stats.joint_differences(scores, "a") == {}
 
 
 @pytest.mark.parametrize(
