@@ -49,6 +49,7 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("emca_soft", {"folded": False}),
     ("mask_pooling", {"heads": 8}),
     ("mask_pooling", {"folded": False}),
+    ("mask_mean", {}),
     ("pem_ca", {"local_conv": False, "heads": 1}),
 ]
 
@@ -85,6 +86,7 @@ def test_both_baselines_are_counted_alike(name: str) -> None:
         ("emca", {}, 25_600),
         ("emca_soft", {}, 51_200),
         ("mask_pooling", {}, 25_600),
+        ("mask_mean", {}, 25_600),
         ("emca", {"selection": "pool_and_prototype"}, 51_200),
         ("emca", {"heads": 8, "head_split": "features"}, 25_600),
         ("emca_soft", {"heads": 8, "head_split": "features"}, 51_200),

@@ -64,7 +64,7 @@ def build_attention(name: str, *, width: int = 256, heads: int | None = None, **
     """A cross-attention by its registry name.
 
     Args:
-        name: "masked", "masked_fused", "emca", "pem_ca", "pem_ca_published", "emca_soft", "mask_pooling", "none", ...
+        name: "masked", "masked_fused", "emca", "pem_ca", "pem_ca_published", "emca_soft", "mask_pooling", "mask_mean", "none", ...
         width: model width C.
         heads: attention heads; None takes the preset's number.
         switches: of the attention, see its factory.
