@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from emca_bench.data import IGNORE, VOID, Sample
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
@@ -37,6 +39,33 @@ def _own_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def importable_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes of a test's own are found by the processes that it starts."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def own_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
+    """Lists the living processes that were started since, below /proc: their environment has this test's mark."""
+    mark = f"EMCA_TEST_MARK={tmp_path}"
+    monkeypatch.setenv(*mark.split("="))
+
+    def environment_of(path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError:
+            return b""
+
+    # that of this process is as it was when it started
+    return lambda: [path for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in environment_of(path)]
+
+
+@pytest.fixture
+def unlabelled() -> Callable[[Sample], Sample]:
+    """An image whose every pixel is void."""
+
+    def without_labels(sample: Sample) -> Sample:
+        assert sample.panoptic is not None
+        return Sample(sample.name, sample.image, np.full_like(sample.semantic, IGNORE), np.full_like(sample.panoptic, VOID))
+
+    return without_labels
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emca_bench.data import IGNORE, VOID, Sample, open_dataset
+from emca_bench.data import Sample, open_dataset
 from emca_bench.environment import source_hash
 from emca_bench.errors import UsageError
 from emca_bench.measure import accuracy, evaluation, worker
@@ -119,12 +120,7 @@ def test_one_model_gives_all_three_results_without_a_change_of_weights(tmp_path:
     assert values["pq"] == pytest.approx(np.mean(found))
 
 
-def unlabelled(sample: Sample) -> Sample:
-    assert sample.panoptic is not None
-    return Sample(sample.name, sample.image, np.full_like(sample.semantic, IGNORE), np.full_like(sample.panoptic, VOID))
-
-
-def test_a_test_image_without_objects_changes_no_score(tmp_path: Path):
+def test_a_test_image_without_objects_changes_no_score(tmp_path: Path, unlabelled: Callable[[Sample], Sample]):
     """Nothing of it is scored; of test images without any label nothing can be said."""
     scenes = open_dataset("scenes", "test")
     model = build_model("mask2former_tiny", num_classes=10)

@@ -30,6 +30,7 @@ from emca_bench.train.recipe import Recipe, freeze_norms
 from emca_bench.train.trouble import OutOfMemoryError
 
 Run = Callable[..., Any]
+Unlabelled = Callable[[Sample], Sample]
 
 
 def test_loader_processes_change_nothing(run: Run, scenes: list[Sample]):
@@ -62,7 +63,7 @@ def test_processes_share_every_batch(scenes: list[Sample]):
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
-def test_packed_batches_hold_what_was_collated(scenes: list[Sample], task: str):
+def test_packed_batches_hold_what_was_collated(scenes: list[Sample], unlabelled: Unlabelled, task: str):
     """An image without targets among them."""
     images, targets = collate([*scenes[:3], unlabelled(scenes[3])], task)
     batch = pack(images, targets, 1.5)
@@ -200,11 +201,7 @@ def test_other_errors_pass_as_they_are(run: Run, scenes: list[Sample], monkeypat
         run(scenes)
 
 
-def unlabelled(sample: Sample) -> Sample:
-    return Sample(sample.name, sample.image, np.full_like(sample.semantic, IGNORE), np.full_like(sample.panoptic, VOID), ())
-
-
-def test_images_without_objects_and_crops_without_a_valid_pixel(run: Run, scenes: list[Sample]):
+def test_images_without_objects_and_crops_without_a_valid_pixel(run: Run, scenes: list[Sample], unlabelled: Unlabelled):
     """Alone in a batch, and beside an image that has some."""
     for samples in ([unlabelled(scenes[0])], [unlabelled(scenes[0]), scenes[1]]):
         state, log = run(samples, steps=3)

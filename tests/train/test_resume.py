@@ -58,22 +58,13 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tmp_path: Path, run: Run, sc
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found below /proc")
-def test_loader_processes_do_not_outlive_a_killed_run(tmp_path: Path, runs_file: Path, monkeypatch: pytest.MonkeyPatch):
-    mark = f"EMCA_TEST_MARK={tmp_path}"
-    monkeypatch.setenv(*mark.split("="))
+def test_loader_processes_do_not_outlive_a_killed_run(tmp_path: Path, runs_file: Path, own_processes: Callable[[], list[Path]]):
     assert process(runs_file, tmp_path / "killed", workers=1, kill_at=2) == -9
     # torch's loader processes look for their parent every five seconds
     deadline = time.monotonic() + 30
-    while alive := [path for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in environment_of(path)]:
+    while alive := own_processes():
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
-
-
-def environment_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, run: Run, scenes: list[Sample]):
