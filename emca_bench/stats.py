@@ -24,6 +24,8 @@ MIN_ROUNDS = 3
 """Fewest rounds that give an interval or a verdict on latency: two rest on one degree of freedom, whose t quantile is 12.7."""
 MIN_SEEDS = 2
 """Fewest seeds that carry a verdict on accuracy."""
+UNEVEN = 1.5
+"""Scatter of one arm, in that of all arms together, above which they do not count as scattering alike."""
 
 TICKS_MS = (10.0, 4.0)
 """Scheduler ticks of common Linux kernels (100 and 250 Hz); shorter ones cannot be told from noise."""
@@ -35,6 +37,7 @@ Key = TypeVar("Key", int, tuple[str, int])
 
 SpeedVerdict = Literal["faster", "slower", "no difference", "undecided"]
 AccuracyVerdict = Literal["not worse", "worse", "undecided"]
+JointVerdict = Literal["better", "not worse", "worse", "undecided"]
 Sensitivity = Literal["can decide", "cannot decide", "undecided"]
 
 
@@ -74,6 +77,19 @@ class Joint:
     def mean(self, half: float) -> Mean:
         """With the interval of that half width."""
         return Mean(self.estimate, self.estimate - half, self.estimate + half, self.count)
+
+
+@dataclass(frozen=True)
+class JointDifferences:
+    """All arms of a study against its baseline."""
+
+    baseline: str
+    arms: Mapping[str, Joint]
+    """By name, the baseline not among them."""
+    scatter: Mapping[str, float]
+    """By name, the baseline among them: standard deviation of an arm around the sum of its effect and that of the seed."""
+    pooled: float
+    """The same of all arms together, from which the errors come."""
 
 
 def round_medians(samples: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
@@ -186,30 +202,63 @@ def paired_difference(seeds_a: Mapping[Key, float], seeds_b: Mapping[Key, float]
     return mean_interval([seeds_a[seed] - seeds_b[seed] for seed in common]) if common else None
 
 
-def joint_differences(seeds: Mapping[str, Mapping[Key, float]], baseline: str) -> dict[str, Joint]:
-    """Every arm minus the baseline, from the seeds that all arms have; nothing from fewer than MIN_SEEDS, or without two other arms.
+def joint_differences(seeds: Mapping[str, Mapping[Key, float]], baseline: str) -> JointDifferences | None:
+    """Every arm minus the baseline, with an error that all arms tell; None without two other arms.
 
-    Arms are taken to scatter alike around the sum of an effect of the arm and one of the seed (a randomised block design), so that a few
-    seeds of many arms tell the error as many seeds of two do. Intervals are Student t, and Dunnett's for all differences at once.
+    The model is a randomised block design, fitted by least squares: an effect of the arm, one of the seed, and an error that scatters
+    alike in all arms, the baseline included. A few seeds of many arms then tell the error as many seeds of two do. If the baseline
+    scatters more than the others, all differences share more error than is counted; `joint_verdict` says nothing then.
+
+    Intervals are Student t, and for all differences at once Dunnett's, or where not all arms have the same seeds Sidak's, which is wider.
 
     Args:
-        seeds: by arm, the baseline included, values by seed.
+        seeds: by arm, the baseline included, values by seed. Seeds that the baseline lacks count for nothing, and arms that share fewer
+            than MIN_SEEDS with it are left out.
         baseline: one of the arms.
 
     Raises:
         KeyError: the baseline is none of the arms.
     """
-    common = sorted(set.intersection(*(set(values) for values in seeds.values())) & set(seeds[baseline]))
-    names = list(seeds)
-    if len(common) < MIN_SEEDS or len(names) < 3:
-        return {}
-    table = np.array([[seeds[name][seed] for seed in common] for name in names])
-    residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
-    freedom = (len(names) - 1) * (len(common) - 1)
-    error = math.sqrt(2 * float((residual**2).sum()) / freedom / len(common))
-    halves = _t_quantile(freedom) * error, _dunnett_quantile(len(names) - 1, freedom) * error
-    centers = table.mean(1) - table[names.index(baseline)].mean()
-    return {name: Joint(float(center), *halves, len(common)) for name, center in zip(names, centers, strict=True) if name != baseline}
+    blocks = list(seeds[baseline])
+    kept = {name: [seed for seed in blocks if seed in values] for name, values in seeds.items()}
+    names = [name for name, found in kept.items() if len(found) >= MIN_SEEDS]
+    if baseline not in names or len(names) < 3:
+        return None
+    cells = [(name, seed) for name in names for seed in kept[name]]
+    arm = np.array([[float(name == other) for other in names] for name, _ in cells])
+    block = np.array([[float(seed == other) for other in blocks[1:]] for _, seed in cells])
+    design, values = np.hstack([arm, block]), np.array([seeds[name][seed] for name, seed in cells])
+    spread = np.linalg.inv(design.T @ design)
+    effects = spread @ design.T @ values
+    squares, freedom = (values - design @ effects) ** 2, len(cells) - design.shape[1]
+    # of each cell, the part of the error's variance that the fit leaves to its residual
+    left = 1 - np.einsum("ni,ij,nj->n", design, spread, design)
+    pooled = math.sqrt(squares.sum() / freedom)
+    reach = _t_quantile(freedom), _quantile_of_all(len(names) - 1, freedom, shared=len(cells) == len(names) * len(blocks))
+    first, found = names.index(baseline), {}
+    for index, name in enumerate(names):
+        error = pooled * math.sqrt(max(0.0, spread[index, index] + spread[first, first] - 2 * spread[index, first]))
+        found[name] = Joint(float(effects[index] - effects[first]), reach[0] * error, reach[1] * error, len(kept[name]))
+    del found[baseline]
+    scatter = {name: math.sqrt(squares @ arm[:, index] / (left @ arm[:, index])) for index, name in enumerate(names)}
+    return JointDifferences(baseline, found, scatter, pooled)
+
+
+def joint_verdict(found: JointDifferences, arm: str, margin: float) -> JointVerdict:
+    """What holds for all arms at once: "better" needs an interval above zero, of whatever size; the rest as `non_inferiority`.
+
+    Each word errs in at most half of the uncovered share of studies, if all arms scatter alike; an arm or a baseline that scatters more
+    than UNEVEN times as far as all is `undecided`.
+
+    Args:
+        found: from `joint_differences`.
+        arm: one of `found.arms`.
+        margin: largest loss that still counts as not worse; stated before the run.
+    """
+    if max(found.scatter[arm], found.scatter[found.baseline]) > UNEVEN * found.pooled:
+        return "undecided"
+    joint = found.arms[arm]
+    return "better" if joint.estimate > joint.together else non_inferiority(joint.mean(joint.together), margin)
 
 
 def non_inferiority(difference: Mean, margin: float) -> AccuracyVerdict:
@@ -331,20 +380,22 @@ def _t_quantile(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
-def _dunnett_quantile(comparisons: int, freedom: int) -> float:
-    """What all of so many differences to one baseline, divided by their common error, stay below in size, with the coverage of intervals.
+def _quantile_of_all(comparisons: int, freedom: int, *, shared: bool) -> float:
+    """What all of so many differences, divided by their common estimated error, stay below in size, with the coverage of intervals.
 
     Source: Dunnett, A multiple comparison procedure for comparing several treatments with a control, 1955: given the baseline's own
-    deviation and the estimated error, differences are independent, which leaves an integral over these two.
+    deviation, which differences between equally many values share, and the estimated error, they are independent. That leaves an
+    integral over these two. Not shared, as if all were independent, it is a bound whatever their correlations are (Sidak, 1967).
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     points, shares = np.polynomial.legendre.leggauss(64)
     # the estimated error over the true one, at quantiles
-    errors = np.sqrt(2 * gammaincinv(freedom / 2, (points + 1) / 2) / freedom)
+    errors = np.sqrt(2 * gammaincinv(freedom / 2, (points + 1) / 2) / freedom)[:, None]
+    baseline, scale = (nodes, math.sqrt(2)) if shared else (np.zeros_like(nodes), 1.0)
 
     def missing(quantile: float) -> float:
-        reach = math.sqrt(2) * quantile * errors[:, None]
-        inside = (ndtr(nodes + reach) - ndtr(nodes - reach)) ** comparisons
+        reach = scale * quantile * errors
+        inside = (ndtr(baseline + reach) - ndtr(baseline - reach)) ** comparisons
         return float(shares / 2 @ inside @ weights) / math.sqrt(2 * math.pi) - CONFIDENCE
 
     # between no correction and Bonferroni's

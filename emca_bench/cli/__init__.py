@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,9 @@ from emca_bench.errors import UsageError
 
 __all__ = ["build_parser", "main"]
 
+STDOUT = 1
+"""File descriptor of standard output."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
@@ -20,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         code = arguments.verb(arguments, argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except UsageError as error:
         return _complain(str(error))
@@ -28,13 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        if not _is_unread(STDOUT):
+            raise
         # as `| head` leaves it: who reads has seen enough, and the interpreter shall not flush into it once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         return UNREAD
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        return _complain(f"cannot write {error.filename or 'to the output folder'}: {error.strerror}; what was measured before is kept")
+        return _complain(f"cannot write {error.filename or 'the output'}: {error.strerror}; what was measured before is kept")
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether it is a pipe that nobody reads any more."""
+    asked = select.poll()
+    asked.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def _complain(message: str) -> int:

@@ -20,6 +20,7 @@ from emca_bench.data import Sample
 from emca_bench.data.targets import Targets, collate
 from emca_bench.models.attention.base import CrossAttention, with_position
 from emca_bench.models.attention.emca import EMCA
+from emca_bench.models.attention.mask_mean import MaskMean
 from emca_bench.models.attention.masked import MaskedCrossAttention
 from emca_bench.models.attention.prototypes import first_pixel_if_empty
 from emca_bench.models.mask2former import Mask2Former
@@ -185,18 +186,23 @@ def pixel_weights(call: Call) -> Tensor | None:
         return _emca_weights(call.module, call)
     if isinstance(call.module, MaskedCrossAttention):
         return _masked_weights(call.module, call)
-    return None
+    return _equal_weights(call) if isinstance(call.module, MaskMean) else None
 
 
 def _chooses(module: CrossAttention) -> bool:
     """Whether some pixel counts more than others: a mean has none, a random choice is one of a moment."""
-    return not (isinstance(module, EMCA) and module.selection in ("mean", "random"))
+    return not (isinstance(module, MaskMean) or (isinstance(module, EMCA) and module.selection in ("mean", "random")))
+
+
+def _equal_weights(call: Call) -> Tensor:
+    open_QP = allow_everywhere_if_empty(call.allowed)[0].to(call.features.dtype)
+    return (open_QP / open_QP.sum(-1, keepdim=True))[:, None]
 
 
 def _emca_weights(module: EMCA, call: Call) -> Tensor:
     scores_QMP = module.scores(call.queries, call.query_pos, call.features, call.feature_pos, shape=call.shape)[0]
     open_QP = allow_everywhere_if_empty(call.allowed)[0]
-    share_QMP = (open_QP.to(scores_QMP.dtype) / open_QP.sum(-1, keepdim=True))[:, None].expand_as(scores_QMP)
+    share_QMP = _equal_weights(call).expand_as(scores_QMP)
     if module.selection in ("mean", "random"):
         return share_QMP
     scores_QMP = scores_QMP.masked_fill(~open_QP[:, None], -torch.inf)

@@ -183,6 +183,8 @@ def build_model(
         ),
     )
     use = MaskUse(mask_use)
+    if mask_use == "never" and architecture.mask_rule != "threshold":
+        raise UsageError(f"mask_rule={architecture.mask_rule!r} with mask_use='never': expected threshold, nothing reads the masks")
     if mask_use != "always":
         use.attach(model)
         model.mask_use = use

@@ -150,8 +150,9 @@ class MaskDecoder(nn.Module):
         mask_source: where attention masks come from. "logits": mask logits at stride 4, resized, as published. "features": mask
             features resized once a level (exact rewrite R2); masks at stride 4 and classes are then computed only where they are
             returned (R5), and with auxiliary predictions, for losses, only where they are read.
-        mask_rule: which pixels a query may attend to. "threshold": those of its mask, as published. "winner": those where no other
-            query has a greater mask logit, as in a step of k-means (Yu et al., kMaX-DeepLab, ECCV 2022); those of a tie are all its.
+        mask_rule: which pixels a query may attend to. "threshold": those of its mask, as published. "winner": those where its
+            mask logit is the greatest of all queries, the assignment of kMaX-DeepLab (Yu et al., ECCV 2022); a tie is the first query's.
+            A query that wins nothing has an empty mask.
     """
 
     def __init__(
@@ -291,5 +292,6 @@ class MaskDecoder(nn.Module):
 
 
 def _winners(logits_BQP: Tensor) -> Tensor:
-    """Where no query has a greater logit."""
-    return logits_BQP == logits_BQP.amax(1, keepdim=True)
+    """Where a query has the greatest logit."""
+    # by index: a compiler may round logits anew for each comparison
+    return logits_BQP.argmax(1, keepdim=True) == torch.arange(logits_BQP.shape[1], device=logits_BQP.device)[:, None]

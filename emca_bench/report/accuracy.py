@@ -12,7 +12,7 @@ from emca_bench import stats
 from emca_bench.report.arms import arm_named
 from emca_bench.report.load import Result, Run, data_versions, point
 from emca_bench.specs import Arm, Cell, Study, Value
-from emca_bench.stats import AccuracyVerdict, Joint, Mean, Sensitivity
+from emca_bench.stats import AccuracyVerdict, JointDifferences, Mean, Sensitivity
 
 _Seeds = Mapping[str, Mapping[int, float]]
 
@@ -107,8 +107,8 @@ class AccuracyGroup:
     """Baseline minus floor, in points."""
     sensitivity: Sensitivity | None
     """None where baseline or floor is missing, or the images are not the same in all cells."""
-    together: Mapping[str, Mapping[str, Joint]]
-    """By metric and arm, differences to the baseline from the seeds that all arms have; empty where `stats.joint_differences` is."""
+    together: Mapping[str, JointDifferences]
+    """By metric, all arms against the baseline at once; empty where too few can be compared."""
     same_images: bool
     """Whether all finished cells saw the same files; where not, nothing is compared."""
 
@@ -201,20 +201,14 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> AccuracyGroup:
         floor=floor,
         signal=signal,
         sensitivity=stats.sensitivity(signal, study.margin) if signal else None,
-        together=_together(seeds, metrics, baseline) if same else {},
+        together=_together(seeds, metrics, baseline) if baseline in seeds and same else {},
         same_images=same,
     )
 
 
-def _together(seeds: Mapping[str, _Seeds], metrics: Sequence[Metric], baseline: str | None) -> dict[str, dict[str, Joint]]:
-    found = {}
-    for metric in metrics:
-        # an arm that hardly ever ended would leave the others no common seeds
-        several = {name: mine[metric.key] for name, mine in seeds.items() if len(mine[metric.key]) >= stats.MIN_SEEDS}
-        joint = stats.joint_differences(several, baseline) if baseline in several else {}
-        if joint:
-            found[metric.key] = joint
-    return found
+def _together(seeds: Mapping[str, _Seeds], metrics: Sequence[Metric], baseline: str) -> dict[str, JointDifferences]:
+    found = {key: stats.joint_differences({name: mine[key] for name, mine in seeds.items()}, baseline) for key in (m.key for m in metrics)}
+    return {key: joint for key, joint in found.items() if joint}
 
 
 def _arm(arm: Arm, results: Mapping[int, Result], mine: _Seeds, rival: _Seeds, margin: float) -> ArmAccuracy:

@@ -37,7 +37,7 @@ LABELS = {
     "feature_heads_plain": "softmax (feature heads)",
     "mask_pooling": "mask pooling",
     "mask_pooling_raw": "mask pooling (raw residual)",
-    "mask_pooling_winner": "mask pooling (k-means)",
+    "mask_pooling_winner": "mask pooling (winner, raw residual)",
     "mask_mean": "mask mean",
     "pem_ca": "PEM-CA",
     "pem_ca_published": "PEM-CA (as published)",

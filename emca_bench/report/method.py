@@ -18,8 +18,9 @@ their number."""
 _BASELINES = """As published (weights requested, never the fused path) and fused (scaled dot product attention). A win over the slower one
 alone is no win."""
 _ACCURACY = """Differences are paired over common seeds. Not worse needs an interval above minus the margin; one seed is never a
-verdict. Where all arms are compared at once, the error is the residual of arms and seeds (a randomised block design), the second interval
-is Dunnett's, and better needs one above zero."""
+verdict. Where all arms are compared at once, the error is what a fit of an effect of each arm and of each seed leaves (a randomised
+block design: all arms scatter alike, and no seed favours an arm); the second interval is Dunnett's, and better needs one above zero, by
+however little. Each word is wrong in at most 2.5 % of studies then."""
 _PANOPTIC = """PQ is the mean over classes of the intersections over union of matched segments, over matches plus half of the
 misses and of the false alarms; a match needs more than one half. Void and crowds as in the COCO panoptic API. AP is COCO's, over
 thresholds 0.50 to 0.95, of masks against the things of the panoptic truth. All results of a row come from the same weights and the same

@@ -128,6 +128,7 @@ _PHRASES = {
     "dtype": "{}",
     "device": "{}",
     "mask_source": "masks from {}",
+    "mask_rule": "mask rule {}",
     "steps": "{} steps",
     "pretrained": "{}",
     "frozen": "{}",

@@ -25,7 +25,7 @@ def panoptic_table(group: AccuracyGroup) -> Table:
         means = [_mean(entry, metric) for metric in others]
         means += [number(entry.average(name), lambda value: f"{value:.1f}") for name in _MEANS]
         rows.append([*judged_cells(group, entry), *means, number(entry.average("parameters"), lambda count: f"{count / 1e6:.2f} M")])
-    notes = star(group, [entry.verdict for entry in group.arms]), conditions(group)
+    notes = star([entry.verdict for entry in group.arms], group.sensitivity), conditions(group)
     return Table(columns, rows, " ".join(note for note in notes if note))
 
 

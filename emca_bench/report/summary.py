@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from emca_bench import stats
 from emca_bench.report.accuracy import AccuracyGroup, ArmAccuracy
 from emca_bench.report.answer import answer
 from emca_bench.report.arms import subject
@@ -169,7 +170,25 @@ def _accuracy(group: AccuracyGroup) -> dict[str, Any]:
         "sensitivity": group.sensitivity,
         "frequency_miou": group.fact("frequency_miou"),
         "arms": arms,
+        **_together(group),
     }
+
+
+def _together(group: AccuracyGroup) -> dict[str, Any]:
+    """All arms against the baseline at once, of the metric that is judged."""
+    found = group.together.get(group.metric.key)
+    if found is None:
+        return {}
+    arms = {
+        name: {
+            "alone": _interval(joint.mean(joint.alone)),
+            "together": _interval(joint.mean(joint.together)),
+            "verdict": stats.joint_verdict(found, name, group.study.margin),
+            "scatter": found.scatter[name],
+        }
+        for name, joint in found.arms.items()
+    }
+    return {"together": {"scatter": found.pooled, "arms": arms}}
 
 
 def _recommended(found: Findings, group: AccuracyGroup) -> dict[str, Any]:

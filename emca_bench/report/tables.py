@@ -15,7 +15,7 @@ from emca_bench.report.load import Result, distinct_cells
 from emca_bench.report.numbers import NOTHING
 from emca_bench.report.speed import SpeedGroup, SpeedRow, free_attention_bound
 from emca_bench.specs import COST_SUFFIX, Cell, Study
-from emca_bench.stats import Ratio, speed_verdict
+from emca_bench.stats import Ratio, Sensitivity, speed_verdict
 
 TONES: Mapping[str, Tone] = {
     "faster": "good",
@@ -38,6 +38,8 @@ TONES: Mapping[str, Tone] = {
     "cannot decide": "bad",
 }
 EMPTY = Value(NOTHING, tone="muted")
+_BLIND = frozenset({"not worse", "better"})
+"""Verdicts that the arm without cross-attention might have too, where the data cannot tell."""
 
 
 def verdict(word: str) -> Value:
@@ -183,18 +185,23 @@ def accuracy_table(group: AccuracyGroup) -> Table:
             Value("floor", tone="muted"),
         ]
         rows.append([*floor, number(pixels, lambda share: f"{share:.2f}"), EMPTY])
-    return Table(columns, rows, star(group, [entry.verdict for entry in group.arms]))
+    return Table(columns, rows, star([entry.verdict for entry in group.arms], group.sensitivity))
 
 
-def star(group: AccuracyGroup, verdicts: Iterable[str | None]) -> str:
+def star(verdicts: Iterable[str | None], sensitivity: Sensitivity | None) -> str:
     """What the asterisk of `starred` means, where one of the verdicts has it."""
-    found = "not worse" in verdicts and group.sensitivity != "can decide"
+    found = sensitivity != "can decide" and not _BLIND.isdisjoint(verdicts)
     return "* Not shown to mean anything: leaving out the cross-attention may be not worse either." if found else ""
 
 
-def starred(group: AccuracyGroup, word: str) -> Value:
+def starred(word: str, sensitivity: Sensitivity | None) -> Value:
     """A verdict on accuracy, with an asterisk where the data cannot carry it."""
-    return Value("not worse*", tone="open") if word == "not worse" and group.sensitivity != "can decide" else verdict(word)
+    return Value(f"{word}*", tone="open") if word in _BLIND and sensitivity != "can decide" else verdict(word)
+
+
+def arm_of(group: AccuracyGroup, name: str) -> Value:
+    """The name of an arm, the floor marked."""
+    return Value((Code(name), " (floor)") if name == group.floor else Code(name), sort=name)
 
 
 def class_table(group: AccuracyGroup, name: str = "class_iou", *, left_out: bool = False) -> Table:
@@ -392,9 +399,8 @@ def judged_cells(group: AccuracyGroup, entry: ArmAccuracy) -> list[Value]:
     difference = EMPTY if entry.difference is None else Value(numbers.points(entry.difference, signed=True), sort=entry.difference.estimate)
     judged = Value("baseline", tone="muted") if entry.name == group.baseline else EMPTY
     if entry.verdict is not None:
-        judged = starred(group, entry.verdict)
-    name: Text = (Code(entry.name), " (floor)") if entry.name == group.floor else Code(entry.name)
-    return [Value(name, sort=entry.name), Value(numbers.points(entry.score), sort=entry.score.estimate), seeds, difference, judged]
+        judged = starred(entry.verdict, group.sensitivity)
+    return [arm_of(group, entry.name), Value(numbers.points(entry.score), sort=entry.score.estimate), seeds, difference, judged]
 
 
 def _class_value(value: float | None, best: float | None) -> Value:

@@ -57,7 +57,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "classes": (int, "classes of the model, without the no-object class"),
     "runtime": (str, f"what runs the model, eager by default: {', '.join(RUNTIMES)}"),
     "mask_source": (str, "logits: masks resized as published; features: resized features, the exact rewrite R2"),
-    "mask_rule": (str, "pixels that a query may attend to, threshold by default: threshold, of its mask; winner, of no greater other mask"),
+    "mask_rule": (str, "pixels a query may attend to: threshold, those of its mask, the default; winner, where its logit is the greatest"),
     "layers": (int, "decoder layers"),
     "attention_layers": (str, "decoder layers with the arm's attention, all by default: numbers from 0 and ranges, as in 0-2,5"),
     "mask_use": (str, "whether cross-attentions see their masks, always by default: always, annealed, never"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emca_bench import specs
 from emca_bench.cli import build_parser, main
 from emca_bench.errors import UsageError
 from emca_bench.runner import device_of, on_device
@@ -233,6 +235,21 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
         planning.stdout.close()
         assert "Traceback" not in planning.stderr.read()
     assert planning.returncode == 141
+
+
+def test_without_standard_output_nothing_breaks():
+    call = f"exec {shlex.quote(sys.executable)} -m emca_bench plan kernels >&-"
+    ended = subprocess.run(["sh", "-c", call], stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def broken(path: Path) -> Path:
+        raise BrokenPipeError(errno.EPIPE, "a process died")
+
+    monkeypatch.setattr(specs, "find_study", broken)
+    with pytest.raises(BrokenPipeError, match="a process died"):
+        main(["plan", "kernels"])
 
 
 @pytest.mark.parametrize("arguments", [["-c", "import emca_bench"], ["-m", "emca_bench", "--help"]], ids=["import", "help"])

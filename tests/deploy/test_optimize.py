@@ -97,6 +97,13 @@ def test_switches_of_emca_are_the_same_in_float64(switches: dict[str, Any]) -> N
     assert_same(emca_bench.optimize(model)(batch), model(batch), 1e-9)
 
 
+@pytest.mark.parametrize("attention", ["masked_fused", "mask_mean", "emca"])
+def test_winners_are_the_same_in_float64(attention: str) -> None:
+    model = make(attention=attention, mask_rule="winner").double()
+    batch = images(2, 3, 65, 97, dtype=torch.float64)
+    assert_same(emca_bench.optimize(model)(batch), model(batch), 1e-9)
+
+
 def test_pem_is_the_same_in_float64() -> None:
     model = make("pem_r50", "pem_ca", layers=2).double()
     given = images(2, 3, 65, 97, dtype=torch.float64)

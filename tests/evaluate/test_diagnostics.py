@@ -91,7 +91,20 @@ def test_random_choice_counts_as_its_expectation_and_nothing_as_nothing():
     assert pixel_weights(call_of(build_attention("none", width=16))) is None
 
 
-def test_shares_of_a_made_truth():
+@pytest.mark.parametrize("positions", [True, False])
+def test_weights_give_the_result_of_the_mask_mean(positions: bool):
+    module = build_attention("mask_mean", width=16, positions=positions)
+    call = call_of(module)
+    weights_QMP = pixel_weights(call)
+    assert weights_QMP is not None
+    assert call.feature_pos is not None
+    seen_BPC = call.features + call.feature_pos if positions else call.features
+    found = module(call.queries, call.query_pos, call.features, call.feature_pos, call.allowed, shape=SHAPE)
+    torch.testing.assert_close(found, call.queries + module.projection(weights_QMP[:, 0] @ seen_BPC[0]))
+
+
+@pytest.mark.parametrize(("attention", "switches"), [("emca", {"selection": "mean"}), ("mask_mean", {})])
+def test_shares_of_a_made_truth(attention: str, switches: dict[str, Any]):
     """Query 0 may look at its object and as many pixels beside it, query 1 nowhere, query 2 has no object."""
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
     masks[0, :4, :4], masks[1, 4:, 4:] = True, True
@@ -99,7 +112,7 @@ def test_shares_of_a_made_truth():
     allowed = torch.zeros(1, 3, 16, dtype=torch.bool)
     allowed[0, 0, :8] = True
     allowed[0, 2] = True
-    module = build_attention("emca", width=8, selection="mean")
+    module = build_attention(attention, width=8, **switches)
     call = Call(module, torch.randn(1, 3, 8), None, torch.randn(1, 16, 8), None, allowed, (4, 4))
     found = Diagnostics()
     found._layers = 1

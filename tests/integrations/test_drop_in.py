@@ -266,17 +266,18 @@ def test_an_attention_that_fits_in_part_is_an_error(make_hf: MakeHF) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "overrides", "words"),
     [
-        ("mask2former_tiny", "pixel decoder FPN; Hugging Face's Mask2Former has MSDeformAttnPixelDecoder"),
-        ("pem_r50", "pixel decoder CSMFPN"),
+        ("mask2former_tiny", {}, "pixel decoder FPN; Hugging Face's Mask2Former has MSDeformAttnPixelDecoder"),
+        ("pem_r50", {}, "pixel decoder CSMFPN"),
+        ("mask2former_r50", {"mask_rule": "winner"}, "a mask decoder with mask_rule='winner'; Hugging Face's Mask2Former has threshold"),
     ],
 )
-def test_our_models_that_hugging_face_has_not(name: str, words: str) -> None:
+def test_our_models_that_hugging_face_has_not(name: str, overrides: dict[str, Any], words: str) -> None:
     from emca_bench.models import build_model
 
     with torch.device("meta"):
-        ours = build_model(name, num_classes=3)
+        ours = build_model(name, num_classes=3, **overrides)
     with pytest.raises(UsageError) as caught:
         to_transformers(ours)
     assert words in str(caught.value)

@@ -8,7 +8,8 @@ import torch
 
 from emca_bench.errors import UsageError
 from emca_bench.measure.inputs import ImpossibleError
-from emca_bench.measure.subjects import build_subject, check_arm
+from emca_bench.measure.subjects import build_subject, check_arm, model_overrides
+from emca_bench.models import build_model
 from emca_bench.specs import Arm
 
 ATTENTION = {"scope": "attention", "pixels": "8x8", "queries": 5, "width": 32, "batch": 2, "allowed": 0.3}
@@ -49,6 +50,15 @@ def test_decoder_is_measured_on_what_the_pixel_decoder_hands_over():
     decoder, model = (build_subject(arm("masked"), {**MODEL, "scope": scope}, seed=4).call() for scope in ("decoder", "model"))
     assert torch.equal(decoder.class_logits, model.class_logits)
     assert torch.equal(decoder.mask_logits, model.mask_logits)
+
+
+def test_the_mask_rule_of_a_study_reaches_the_decoder():
+    overrides = model_overrides(arm("emca"), {**MODEL, "mask_rule": "winner"})
+    assert build_model("mask2former_tiny", num_classes=3, **overrides).sem_seg_head.predictor.mask_rule == "winner"
+    threshold, winner = (
+        build_subject(arm("emca"), {**MODEL, "scope": "decoder", **rule}, seed=4) for rule in ({}, {"mask_rule": "winner"})
+    )
+    assert not torch.equal(threshold.call().mask_logits, winner.call().mask_logits)
 
 
 @pytest.mark.parametrize("scope", ["decoder", "model", "end_to_end"])

@@ -79,6 +79,11 @@ def test_taking_masks_away_leaves_weights_and_their_names_alone():
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in state)
 
 
+def test_a_rule_for_masks_that_nothing_reads_is_refused():
+    with pytest.raises(UsageError, match="mask_rule='winner' with mask_use='never': expected threshold, nothing reads the masks"):
+        build_model("mask2former_tiny", num_classes=3, mask_rule="winner", mask_use="never")
+
+
 def test_an_unknown_use_of_masks_is_named():
     with pytest.raises(UsageError, match=r"mask_use='anealed' \(did you mean 'annealed'"):
         build_model("mask2former_tiny", num_classes=3, mask_use="anealed")

@@ -49,7 +49,6 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("emca_soft", {"folded": False}),
     ("mask_pooling", {"heads": 8}),
     ("mask_pooling", {"folded": False}),
-    ("mask_mean", {}),
     ("pem_ca", {"local_conv": False, "heads": 1}),
 ]
 

@@ -26,7 +26,8 @@ def test_it_is_masked_cross_attention_with_equal_weights(inputs: dict[str, torch
     masked = build_attention("masked", width=WIDTH, heads=4).double()
     mean = build_attention("mask_mean", width=WIDTH, positions=False).double()
     state = masked.state_dict()
-    nn.init.normal_(state["in_proj_bias"])
+    for bias in ("in_proj_bias", "out_proj.bias"):
+        nn.init.normal_(state[bias])
     # without queries all scores are equal
     state["in_proj_weight"][:WIDTH], state["in_proj_bias"][:WIDTH] = 0, 0
     value, value_bias = state["in_proj_weight"][2 * WIDTH :], state["in_proj_bias"][2 * WIDTH :]

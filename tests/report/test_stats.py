@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import erfinv
 from scipy.stats import t as student
 
 from emca_bench import stats
@@ -133,36 +134,61 @@ def _block_design(random: np.random.Generator, arms: int, seeds: int, effects: n
     return {f"arm {index}": dict(enumerate(row)) for index, row in enumerate(table)}
 
 
-def test_joint_differences_are_those_of_least_squares(rng: np.random.Generator):
+def test_joint_differences_are_the_textbooks_two_way_analysis(rng: np.random.Generator):
     arms, seeds = int(rng.integers(3, 9)), int(rng.integers(2, 6))
     scores = _block_design(rng, arms, seeds, rng.normal(size=arms))
-    design = [
-        [float(arm == i) for i in range(arms)] + [float(seed == i) for i in range(1, seeds)] for arm in range(arms) for seed in range(seeds)
-    ]
-    values = np.array([score for by_seed in scores.values() for score in by_seed.values()])
-    solution, squares, rank, _ = np.linalg.lstsq(np.array(design), values, rcond=None)
-    covariance = np.linalg.inv(np.array(design).T @ design) * squares[0] / (len(values) - rank)
+    table = np.array([list(by_seed.values()) for by_seed in scores.values()])
+    residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    freedom = (arms - 1) * (seeds - 1)
     baseline = int(rng.integers(arms))
     found = stats.joint_differences(scores, f"arm {baseline}")
-    assert list(found) == [f"arm {index}" for index in range(arms) if index != baseline]
-    for name, joint in found.items():
-        index = int(name.removeprefix("arm "))
-        variance = covariance[index, index] + covariance[baseline, baseline] - 2 * covariance[index, baseline]
-        assert joint.estimate == pytest.approx(solution[index] - solution[baseline])
-        assert joint.alone == pytest.approx(student.ppf(0.975, len(values) - rank) * math.sqrt(variance))
+    assert found is not None
+    assert list(found.arms) == [f"arm {index}" for index in range(arms) if index != baseline]
+    assert found.pooled == pytest.approx(math.sqrt((residual**2).sum() / freedom))
+    for index in range(arms):
+        mine = (residual[index] ** 2).sum() / (seeds - 1) * arms / (arms - 1)
+        assert found.scatter[f"arm {index}"] == pytest.approx(math.sqrt(mine))
+    for name, joint in found.arms.items():
+        assert joint.estimate == pytest.approx(table[int(name[-1])].mean() - table[baseline].mean())
+        assert joint.alone == pytest.approx(student.ppf(0.975, freedom) * found.pooled * math.sqrt(2 / seeds))
         assert joint.count == seeds
 
 
-def test_joint_intervals_cover_as_often_as_they_say():
+def test_where_seeds_are_missing_the_fit_is_that_of_least_squares(rng: np.random.Generator):
+    scores = _block_design(rng, 5, 4, np.arange(5.0))
+    del scores["arm 1"][2], scores["arm 4"][0], scores["arm 4"][3]
+    cells = [(int(name[-1]), seed) for name, by_seed in scores.items() for seed in by_seed]
+    design = np.array([[arm == i for i in range(5)] + [seed == i for i in range(1, 4)] for arm, seed in cells], dtype=float)
+    values = np.array([scores[f"arm {arm}"][seed] for arm, seed in cells])
+    solution, squares, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    covariance = np.linalg.inv(design.T @ design) * squares[0] / (len(values) - rank)
+    found = stats.joint_differences({**scores, "once": {1: 0.0, 9: 3.0}}, "arm 0")
+    assert found is not None
+    assert list(found.arms) == ["arm 1", "arm 2", "arm 3", "arm 4"]
+    for name, joint in found.arms.items():
+        index = int(name[-1])
+        error = math.sqrt(covariance[index, index] + covariance[0, 0] - 2 * covariance[0, index])
+        assert joint.estimate == pytest.approx(solution[index] - solution[0])
+        assert joint.alone == pytest.approx(student.ppf(0.975, len(values) - rank) * error)
+    assert [joint.count for joint in found.arms.values()] == [3, 4, 4, 2]
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_joint_intervals_cover_as_often_as_they_say(missing: int):
     random, effects, trials = np.random.default_rng(23), np.array([0.0, 1.0, -2.0, 0.0, 0.5, 3.0]), 1000
     alone = together = 0
     for _ in range(trials):
-        found = stats.joint_differences(_block_design(random, 6, 3, effects), "arm 0")
-        misses = [abs(joint.estimate - effects[int(name[-1])]) for name, joint in found.items()]
-        alone += sum(miss <= joint.alone for miss, joint in zip(misses, found.values(), strict=True))
-        together += all(miss <= joint.together for miss, joint in zip(misses, found.values(), strict=True))
-    assert alone / trials / 5 == pytest.approx(0.95, abs=0.02)
-    assert together / trials == pytest.approx(0.95, abs=0.02)
+        scores = _block_design(random, 6, 3, effects)
+        for index in range(1, 1 + missing):
+            del scores[f"arm {index}"][index % 3]
+        found = stats.joint_differences(scores, "arm 0")
+        assert found is not None
+        misses = [abs(joint.estimate - effects[int(name[-1])]) for name, joint in found.arms.items()]
+        alone += sum(miss <= joint.alone for miss, joint in zip(misses, found.arms.values(), strict=True))
+        together += all(miss <= joint.together for miss, joint in zip(misses, found.arms.values(), strict=True))
+    assert alone / trials / 5 == pytest.approx(0.95, abs=0.015)
+    # what is independent is wider apart than what shares a baseline
+    assert (-0.015 if missing == 0 else 0) < together / trials - 0.95 < (0.015 if missing == 0 else 0.04)
 
 
 @pytest.mark.parametrize(
@@ -170,19 +196,61 @@ def test_joint_intervals_cover_as_often_as_they_say():
     [(5, [2.57, 3.03, 3.29, 3.48, 3.62, 3.73, 3.82, 3.90, 3.97]), (20, [2.09, 2.38, 2.54, 2.65, 2.73, 2.80, 2.86, 2.90, 2.95])],
 )
 def test_intervals_of_all_at_once_are_dunnetts(freedom: int, published: list[float]):
-    found = [stats._dunnett_quantile(comparisons, freedom) for comparisons in range(1, 10)]
+    found = [stats._quantile_of_all(comparisons, freedom, shared=True) for comparisons in range(1, 10)]
     assert found == pytest.approx(published, abs=0.0101)
 
 
-def test_joint_differences_use_the_seeds_that_all_arms_have():
-    scores = {"a": {0: 1.0, 1: 2.0, 2: 90.0}, "b": {0: 3.0, 1: 4.5, 3: 90.0}, "c": {1: 5.0, 0: 4.0}}
+def test_a_bound_for_any_correlation_is_that_of_independent_differences():
+    """At very many degrees of freedom the error is known, and the bound is Sidak's."""
+    normal = [math.sqrt(2) * erfinv(0.95 ** (1 / comparisons)) for comparisons in (1, 5, 20)]
+    assert [stats._quantile_of_all(comparisons, 10**6, shared=False) for comparisons in (1, 5, 20)] == pytest.approx(normal, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}},
+        {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0}, "c": {0: 1.0}},
+        {"a": {0: 1.0, 1: 2.0}, "b": {2: 1.0, 3: 2.0}, "c": {0: 1.0, 1: 2.0}},
+        {"a": {0: 1.0}, "b": {0: 1.0}, "c": {0: 1.0}},
+        {"a": {}, "b": {}, "c": {}},
+    ],
+)
+def test_two_arms_or_one_common_seed_have_no_joint_differences(scores: dict[str, dict[int, float]]):
+    assert stats.joint_differences(scores, "a") is None
+
+
+def test_arms_that_move_together_have_no_error():
+    scores = {name: {0: shift, 1: shift + 1.0, 2: shift - 2.0} for name, shift in (("a", 0), ("b", 1), ("c", 2))}
     found = stats.joint_differences(scores, "a")
-    assert {name: (joint.estimate, joint.count) for name, joint in found.items()} == {"b": (2.25, 2), "c": (3.0, 2)}
+    assert found is not None
+    assert [joint.estimate for joint in found.arms.values()] == pytest.approx([1, 2])
+    assert all(abs(half) < 1e-12 for joint in found.arms.values() for half in (joint.alone, joint.together))
 
 
-@pytest.mark.parametrize("scores", [{"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}}, {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0}, "c": {0: 1.0}}])
-def test_two_arms_or_one_common_seed_have_no_joint_differences(scores):
-    assert stats.joint_differences(scores, "a") == {}
+def _judged(estimate: float, together: float, scatter: float = 1.0, baseline: float = 1.0) -> str:
+    found = stats.JointDifferences("a", {"b": stats.Joint(estimate, together / 2, together, 3)}, {"a": baseline, "b": scatter}, 1.0)
+    return stats.joint_verdict(found, "b", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "together", "verdict"),
+    [
+        (2.0, 1.0, "better"),
+        (0.2, 0.1, "better"),
+        (0.1, 0.4, "not worse"),
+        (0.1, 2.0, "undecided"),
+        (-0.6, 0.2, "undecided"),
+        (-2.0, 1.0, "worse"),
+    ],
+)
+def test_joint_verdicts(estimate: float, together: float, verdict: str):
+    assert _judged(estimate, together) == verdict
+
+
+@pytest.mark.parametrize(("scatter", "baseline", "verdict"), [(1.6, 1.0, "undecided"), (1.0, 1.6, "undecided"), (1.4, 1.4, "better")])
+def test_arms_that_scatter_unlike_the_others_have_no_joint_verdict(scatter: float, baseline: float, verdict: str):
+    assert _judged(2.0, 1.0, scatter, baseline) == verdict
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def _mask_former() -> CfgNode:
     node.ENFORCE_INPUT_PROJ = False
     node.SIZE_DIVISIBILITY = 32
     node.MASK_SOURCE = "logits"
+    node.MASK_RULE = "threshold"
 
     switches = sorted({name for factory in (ATTENTIONS[name] for name in ATTENTIONS) for name in inspect.signature(factory).parameters})
     node.CROSS_ATTENTION = CfgNode({"NAME": "masked"} | {switch.upper(): None for switch in switches if switch != "width"})

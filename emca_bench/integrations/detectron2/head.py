@@ -66,4 +66,5 @@ def build_predictor(cfg: CfgNode, pyramid_channels: int | None = None) -> MaskDe
         pre_norm=former.PRE_NORM,
         pyramid_channels=pyramid_channels,
         mask_source=former.MASK_SOURCE,
+        mask_rule=former.MASK_RULE,
     )

@@ -128,6 +128,8 @@ def make_config(model: Mask2Former) -> Mask2FormerConfig:
         )
     if predictor.transformer_ffn_layers[0].pre_norm:
         raise UsageError("a mask decoder with pre_norm=True; Hugging Face's Mask2Former is converted with pre_norm=False alone")
+    if predictor.mask_rule != "threshold":
+        raise UsageError(f"a mask decoder with mask_rule={predictor.mask_rule!r}; Hugging Face's Mask2Former has threshold alone")
     encoder: Any = pixel_decoder.transformer.encoder.layers
     heads = {layer.self_attn.num_heads for layer in predictor.transformer_self_attention_layers}
     heads |= {layer.self_attn.heads for layer in encoder}

@@ -1,4 +1,4 @@
-"""The mean of the mask through one linear layer: masked cross-attention whose weights are all equal."""
+"""The mean of the mask through one linear layer: what masked cross-attention does where all its weights are equal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from emca_bench.models.attention.prototypes import mask_or_full
 class MaskMean(CrossAttention):
     """No query is compared with a pixel, and none is multiplied with what it gets: all that it brings along is its mask.
 
-    With equal weights masked cross-attention is its two last projections, one behind the other, of the mean of the allowed pixels; they
-    are one here. A query that may look nowhere looks everywhere.
+    With equal weights masked cross-attention is its two last projections, one behind the other, of the mean of the allowed pixels
+    without their positions; they are one here. A query that may look nowhere looks everywhere.
 
     Args:
         width: C.
-        positions: whether positional embeddings are added to the features, as in EMCA's keys.
+        positions: whether positional embeddings are added to the features, as to what EMCA chooses from.
     """
 
     def __init__(self, *, width: int, positions: bool = True) -> None:
