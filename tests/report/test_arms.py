@@ -24,7 +24,7 @@ def test_every_arm_of_a_study_has_a_label_of_its_own(path: Path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("emca_stride_16", "EMCA stride 16"), ("topk_mean_8_raw", "top-K mean 8 raw"), ("swin_l_ade_semantic", "Swin L ADE20K semantic")],
+    [("emca_first_round", "EMCA first round"), ("topk_mean_8_raw", "top-K mean 8 raw"), ("swin_l_ade_semantic", "Swin L ADE20K semantic")],
 )
 def test_an_arm_without_words_is_spelled_part_by_part(name: str, words: str):
     assert name not in LABELS
