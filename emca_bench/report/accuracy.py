@@ -207,8 +207,12 @@ def _group(run: Run, study: Study, cells: Sequence[Cell]) -> AccuracyGroup:
 
 
 def _together(seeds: Mapping[str, _Seeds], metrics: Sequence[Metric], baseline: str) -> dict[str, JointDifferences]:
-    found = {key: stats.joint_differences({name: mine[key] for name, mine in seeds.items()}, baseline) for key in (m.key for m in metrics)}
-    return {key: joint for key, joint in found.items() if joint}
+    found = {}
+    for metric in metrics:
+        joint = stats.joint_differences({name: mine[metric.key] for name, mine in seeds.items()}, baseline)
+        if joint is not None:
+            found[metric.key] = joint
+    return found
 
 
 def _arm(arm: Arm, results: Mapping[int, Result], mine: _Seeds, rival: _Seeds, margin: float) -> ArmAccuracy:

@@ -20,7 +20,7 @@ than the pairs of one arm. The second interval and the verdict hold for all arms
 by luck. The table above, the first paragraph of this report and what it recommends go by the pairs."""
 _TELLS = {
     "can decide": "By this error, {} can tell cross-attentions apart.",
-    "cannot decide": "By this error too, {} cannot tell cross-attentions apart.",
+    "cannot decide": "By this error, {} cannot tell cross-attentions apart.",
     "undecided": "By this error, {} is not shown to tell cross-attentions apart.",
 }
 _CAPTION = "Differences to {}, best first. Thick: 95 % interval of each alone. Thin: of all at once. Grey band: within the margin."
